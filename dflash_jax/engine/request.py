@@ -1,0 +1,128 @@
+"""What a caller asks of the engine and what comes back: plain records without device values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+PflashScope = Literal["agent", "document", "all"]
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as it stands. `code` is OpenAI's error code where it has one."""
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class OverloadedError(RuntimeError):
+    """The queue is full; `retry_after` is a hint in seconds."""
+
+    retry_after = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
+
+    max_tokens: int | None = None
+    """None means the room left in the context window."""
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    """None draws a fresh seed."""
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One generation. Exactly one of `messages` (chat template) and `prompt` (raw text) is set."""
+
+    messages: Sequence[Mapping[str, Any]] | None = None
+    prompt: str | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    sampling: Sampling = Sampling()
+    session: str | None = None
+    """A hint that names the conversation; without it the longest known prefix decides."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PflashStats:
+    """What pruning did to a prompt; `keep_ratio` is the controller's ratio for the new spans."""
+
+    scored_tokens: int
+    kept_tokens: int
+    keep_ratio: float
+    score_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DflashStats:
+    """What drafting did; `accept_length` is committed tokens per verify step, bonus included."""
+
+    verify_steps: int
+    committed_tokens: int
+
+    @property
+    def accept_length(self) -> float:
+        return self.committed_tokens / self.verify_steps if self.verify_steps else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Figures of one finished generation. Times are seconds from the moment the request was submitted."""
+
+    prompt_tokens: int
+    """What the client sent, before pruning."""
+    cached_tokens: int
+    """Prompt tokens that needed no prefill."""
+    completion_tokens: int
+    time_to_first_token: float
+    total_time: float
+    pflash: PflashStats | None = None
+    """None when nothing of this prompt was scored."""
+    dflash: DflashStats | None = None
+    """None when no block was drafted."""
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Rate after the first token."""
+        seconds = self.total_time - self.time_to_first_token
+        return (self.completion_tokens - 1) / seconds if seconds > 0 and self.completion_tokens > 1 else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDelta:
+    """Newly generated text (possibly empty while a stop string or a UTF-8 character is incomplete) and its token ids."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """The last event of a generation. `error` says what went wrong when `reason` is "error"."""
+
+    reason: FinishReason
+    stats: Stats
+    error: str | None = None
+
+
+Event = TextDelta | Finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A whole generation."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: Stats
