@@ -1,0 +1,98 @@
+"""A model's chat template: messages to text, rendered as transformers renders it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from dflash_jax.engine.request import RequestError
+
+
+class ChatTemplate:
+    """A Jinja chat template, run in a sandbox that cannot change its inputs.
+
+    source may be None, for a model that has none: rendering then raises RequestError. bos and eos are the strings of
+    those tokens. Raises ValueError when the source is not a valid template.
+    """
+
+    def __init__(self, source: str | None, bos: str | None = None, eos: str | None = None) -> None:
+        self.source = source
+        self.bos = bos or ""
+        self.eos = eos or ""
+        self.literals = ""
+        """All text and string constants of the template, NUL between them."""
+        self._template: jinja2.Template | None = None
+        if source is None:
+            return
+        environment = _environment()
+        try:
+            tree = environment.parse(source)
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
+        texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
+        texts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
+        self.literals = "\0".join(texts)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation. Raises RequestError when the template refuses it, or when there is no template."""
+        if self._template is None:
+            raise RequestError("this model has no chat template: send `prompt` (plain text) instead of `messages`", param="messages")
+        try:
+            return self._template.render(
+                **{"bos_token": self.bos, "eos_token": self.eos, "documents": None, **variables},
+                messages=messages,
+                tools=tools or None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # a template is the model's own program: whatever it raises, it refuses this conversation
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RequestError(f"the model's chat template cannot render these messages: {reason}", param="messages") from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} marks assistant text for training masks; here its body is simply rendered."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,124 @@
+"""The DFlash drafter: proposes a block of tokens in one pass, reading the target's features.
+
+Every row of a block attends to the *context* (K and V made from the target's features of committed tokens) and to the block's
+own rows. Context K and V depend on one token's features only, so they are computed once and live in pools that share the
+target's page tables. Source: DFlash (z-lab), model.py; equations in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dflash_jax.models.config import DrafterConfig
+from dflash_jax.models.decoder import Place, _below, _dense
+from dflash_jax.models.layers import GatedMlp, KvPool, Linear, RMSNorm, Weight, rope_tables, rotate, write_rows
+from pallas_kernels.block_attention.api import block_attention
+from pallas_kernels.quantised_matmul import api as quantised_matmul
+
+
+class DrafterLayer(nnx.Module):
+    """A Qwen3 layer whose keys and values come from the features (context) and from the block."""
+
+    def __init__(self, parameters: Mapping[str, Weight], config: DrafterConfig, index: int) -> None:
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(_dense(parameters[name]), eps=config.norm_eps)
+
+        self.attention_norm = norm("attention_norm")
+        self.q = Linear(parameters["attention.q"])
+        self.kv = Linear(quantised_matmul.concatenate([parameters["attention.k"], parameters["attention.v"]]))
+        self.out = Linear(parameters["attention.o"])
+        self.q_norm, self.k_norm = norm("attention.q_norm"), norm("attention.k_norm")
+        self.mlp_norm = norm("mlp_norm")
+        self.mlp = GatedMlp(parameters["mlp.gate"], parameters["mlp.up"], parameters["mlp.down"], activation="silu")
+        self.config = config
+        self.index = index
+
+    def keys_values(
+        self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array]
+    ) -> tuple[Float[Array, "slots rows kv_heads head_dim"], Float[Array, "slots rows kv_heads head_dim"]]:
+        """K (normed and rotated) and V of features or of block rows."""
+        k, v = jnp.split(self.kv(x).reshape(*x.shape[:2], -1, self.config.head_dim), 2, axis=2)
+        return rotate(self.k_norm(k), rope), v
+
+    def __call__(
+        self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place
+    ) -> tuple[Float[Array, "slots rows dim"], KvPool]:
+        normed = self.attention_norm(x)
+        q = self.q(normed).reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        pool = write_rows(pool, *self.keys_values(normed, rope), place.page_table, place.starts, place.page_size)
+        mixed = block_attention(
+            rotate(self.q_norm(q), rope),
+            *pool,
+            place.page_table,
+            place.starts,
+            page_size=place.page_size,
+            scale=self.config.head_dim**-0.5,
+            window=self.config.windows[self.index],
+            causal=self.config.causal[self.index],
+        )
+        x = x + self.out(mixed.reshape(*x.shape[:2], -1))
+        return x + self.mlp(self.mlp_norm(x)), pool
+
+
+class Drafter(nnx.Module):
+    """The drafter network. `parameters` go by the names of `models.parameters.drafter_parameters`."""
+
+    def __init__(self, config: DrafterConfig, parameters: Mapping[str, Weight], *, dtype: jnp.dtype) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.feature_projection = Linear(parameters["feature_projection"])
+        self.feature_norm = RMSNorm(_dense(parameters["feature_norm"]), eps=config.norm_eps)
+        self.layers = nnx.List(
+            [
+                DrafterLayer(_below(parameters, f"layers.{index}."), config, index)
+                for index in range(config.num_layers)
+            ]
+        )
+        self.final_norm = RMSNorm(_dense(parameters["final_norm"]), eps=config.norm_eps)
+
+    def read(
+        self, features: Float[Array, "slots rows features"], pools: Sequence[KvPool], place: Place
+    ) -> tuple[KvPool, ...]:
+        """Stores the context K and V of rows whose features the target has just produced.
+
+        Rows that turn out to be rejected need no undoing: the next block's rows overwrite them before anybody reads.
+        """
+        context = self.feature_norm(self.feature_projection(features))
+        rope = rope_tables(self.config.rope, self.config.head_dim, place.positions)
+        return tuple(
+            write_rows(pool, *layer.keys_values(context, rope), place.page_table, place.starts, place.page_size)
+            for layer, pool in zip(self.layers, pools, strict=True)
+        )
+
+    def __call__(
+        self, embeddings: Float[Array, "slots rows dim"], pools: Sequence[KvPool], place: Place
+    ) -> tuple[Float[Array, "slots rows dim"], tuple[KvPool, ...]]:
+        """Hidden states of a block, after the drafter's own final norm: ready for the target's head.
+
+        `embeddings` are the target's, of the anchor and of mask tokens. The block's K and V are left in the pools at the rows
+        that `read` will overwrite.
+        """
+        rope = rope_tables(self.config.rope, self.config.head_dim, place.positions)
+        x, new_pools = embeddings, []
+        for layer, pool in zip(self.layers, pools, strict=True):
+            x, pool = layer(x, rope, pool, place)
+            new_pools.append(pool)
+        return self.final_norm(x), tuple(new_pools)
+
+
+def block_tokens(anchor: Int[Array, " slots"], config: DrafterConfig) -> Int[Array, "slots block"]:
+    """The drafter's input: the anchor, then mask tokens."""
+    masks = jnp.full((anchor.shape[0], config.block_size - 1), config.mask_id, jnp.int32)
+    return jnp.concatenate([anchor[:, None], masks], axis=1)
+
+
+def empty_drafter_pools(
+    config: DrafterConfig, *, num_pages: int, page_size: int, dtype: jnp.dtype
+) -> tuple[KvPool, ...]:
+    """Zeroed K and V pools of the drafter's layers, paged like the target's."""
+    shape = (num_pages * page_size, config.num_kv_heads, config.head_dim)
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))

@@ -1,0 +1,103 @@
+"""The pieces that target and drafter share: linear maps in any weights format, RMSNorm, RoPE, gated MLP, KV pool writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dflash_jax.models.config import RopeConfig
+from pallas_kernels.quantised_matmul import api as quantised_matmul
+
+Weight = quantised_matmul.Weight
+KvPool = tuple[Float[Array, "tokens kv_heads head_dim"], Float[Array, "tokens kv_heads head_dim"]]
+"""K and V of one layer: `pages * page_size` rows each, shared by all sequences through page tables."""
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T (+ bias)`; the weight is a dense `[out, in]` matrix or one of the quantised forms."""
+
+    def __init__(self, weight: Weight, bias: Float[Array, " out"] | None = None) -> None:
+        self.weight = nnx.Param(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        product = quantised_matmul.matmul(x, self.weight.get_value())
+        return product if self.bias is None else product + self.bias.get_value().astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * (weight + offset)`, computed in f32 over the last axis; without a weight it only normalises."""
+
+    def __init__(self, weight: Float[Array, " dim"] | None, *, eps: float, offset: float = 0.0) -> None:
+        self.scale = None if weight is None else nnx.Param(weight.astype(jnp.float32) + offset)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.scale is not None:
+            normed = normed * jnp.expand_dims(self.scale.get_value(), range(x.ndim - 1))
+        return normed.astype(x.dtype)
+
+
+class GatedMlp(nnx.Module):
+    """`down(activation(gate(x)) * up(x))` with gate and up as one matrix, so that x is read once."""
+
+    def __init__(self, gate: Weight, up: Weight, down: Weight, *, activation: str) -> None:
+        self.gate_up = Linear(quantised_matmul.concatenate([gate, up]))
+        self.down = Linear(down)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
+
+
+def rope_tables(
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "slots rows"]
+) -> tuple[Float[Array, "slots rows 1 half"], Float[Array, "slots rows 1 half"]]:
+    """cos and sin of the angle of every pair at every position, f32, ready to broadcast over heads."""
+    steps = jnp.asarray(rope.inverse_frequencies(head_dim), jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * steps[None, None, :]  # [slots, rows, half]
+    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+
+
+def rotate(
+    x: Float[Array, "slots rows heads head_dim"],
+    tables: tuple[Float[Array, "slots rows 1 half"], Float[Array, "slots rows 1 half"]],
+) -> Float[Array, "slots rows heads head_dim"]:
+    """Half-split RoPE: pair (d, d + head_dim / 2) turns by its angle."""
+    cos, sin = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def write_rows(
+    pool: KvPool,
+    keys: Float[Array, "slots rows kv_heads head_dim"],
+    values: Float[Array, "slots rows kv_heads head_dim"],
+    page_table: Int[Array, "slots pages"],
+    starts: Int[Array, " slots"],
+    page_size: int,
+) -> KvPool:
+    """Puts the rows at token indices `starts..` of each slot. Rows past a slot's last page land in page 0, which nobody reads."""
+    slots, rows = keys.shape[:2]
+    index = starts[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]  # [slots, rows]
+    page_number = index // page_size
+    inside = page_number < page_table.shape[1]
+    page = jnp.take_along_axis(page_table, jnp.where(inside, page_number, 0), axis=1)
+    target = jnp.where(inside, page * page_size + index % page_size, index % page_size).reshape(slots * rows)
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[target].set(new.reshape(slots * rows, *new.shape[2:]).astype(old.dtype), mode="promise_in_bounds")
+
+    return put(pool[0], keys), put(pool[1], values)
