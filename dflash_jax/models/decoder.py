@@ -14,7 +14,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.models.config import LayerConfig, ModelConfig
-from dflash_jax.models.layers import GatedMlp, KvPool, Linear, RMSNorm, Weight, rope_tables, rotate, write_rows
+from dflash_jax.models.layers import (
+    GatedMlp,
+    KvPool,
+    Linear,
+    RMSNorm,
+    Weight,
+    below,
+    dense,
+    rope_tables,
+    rotate,
+    write_rows,
+)
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.quantised_matmul import api as quantised_matmul
 
@@ -51,12 +62,12 @@ class Attention(nnx.Module):
 
     def __init__(self, parameters: Mapping[str, Weight], config: ModelConfig, layer: LayerConfig) -> None:
         names = ("q", "k", "v")
-        bias = jnp.concatenate([_dense(parameters[f"{name}_bias"]) for name in names]) if config.attention_bias else None
+        bias = jnp.concatenate([dense(parameters[f"{name}_bias"]) for name in names]) if config.attention_bias else None
         self.qkv = Linear(quantised_matmul.concatenate([parameters[name] for name in names]), bias)
         self.out = Linear(parameters["o"])
         norm = {"eps": config.norm_eps, "offset": config.norm_offset}
-        self.q_norm = RMSNorm(_dense(parameters["q_norm"]), **norm) if config.qk_norm else None
-        self.k_norm = RMSNorm(_dense(parameters["k_norm"]), **norm) if config.qk_norm else None
+        self.q_norm = RMSNorm(dense(parameters["q_norm"]), **norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(dense(parameters["k_norm"]), **norm) if config.qk_norm else None
         self.v_norm = RMSNorm(None, eps=config.norm_eps) if config.v_norm else None
         self.num_heads = config.num_heads
         self.layer = layer
@@ -89,10 +100,10 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, parameters: Mapping[str, Weight], config: ModelConfig, layer: LayerConfig) -> None:
         def norm(name: str) -> RMSNorm:
-            return RMSNorm(_dense(parameters[name]), eps=config.norm_eps, offset=config.norm_offset)
+            return RMSNorm(dense(parameters[name]), eps=config.norm_eps, offset=config.norm_offset)
 
         self.attention_norm = norm("attention_norm")
-        self.attention = Attention(_below(parameters, "attention."), config, layer)
+        self.attention = Attention(below(parameters, "attention."), config, layer)
         self.attention_post_norm = norm("attention_post_norm") if config.sandwich_norms else None
         self.mlp_norm = norm("mlp_norm")
         self.mlp = GatedMlp(
@@ -118,11 +129,11 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Param(parameters["embed"])
         self.layers = nnx.List(
             [
-                DecoderLayer(_below(parameters, f"layers.{index}."), config, layer)
+                DecoderLayer(below(parameters, f"layers.{index}."), config, layer)
                 for index, layer in enumerate(config.layers)
             ]
         )
-        self.final_norm = RMSNorm(_dense(parameters["final_norm"]), eps=config.norm_eps, offset=config.norm_offset)
+        self.final_norm = RMSNorm(dense(parameters["final_norm"]), eps=config.norm_eps, offset=config.norm_offset)
         self.head = None if config.tied_embeddings else Linear(parameters["lm_head"])
 
     def embed(self, tokens: Int[Array, "slots rows"]) -> Float[Array, "slots rows dim"]:
@@ -179,12 +190,3 @@ def empty_pools(config: ModelConfig, *, num_pages: int, page_size: int, dtype: j
         )
         for layer in config.layers
     )
-
-
-def _below(parameters: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
-    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
-
-
-def _dense(weight: Weight) -> Array:
-    """Norms and biases are never quantised; this says so to the type checker."""
-    return jnp.asarray(weight)

@@ -14,8 +14,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.models.config import DrafterConfig
-from dflash_jax.models.decoder import Place, _below, _dense
-from dflash_jax.models.layers import GatedMlp, KvPool, Linear, RMSNorm, Weight, rope_tables, rotate, write_rows
+from dflash_jax.models.decoder import Place
+from dflash_jax.models.layers import (
+    GatedMlp,
+    KvPool,
+    Linear,
+    RMSNorm,
+    Weight,
+    below,
+    dense,
+    rope_tables,
+    rotate,
+    write_rows,
+)
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.quantised_matmul import api as quantised_matmul
 
@@ -25,7 +36,7 @@ class DrafterLayer(nnx.Module):
 
     def __init__(self, parameters: Mapping[str, Weight], config: DrafterConfig, index: int) -> None:
         def norm(name: str) -> RMSNorm:
-            return RMSNorm(_dense(parameters[name]), eps=config.norm_eps)
+            return RMSNorm(dense(parameters[name]), eps=config.norm_eps)
 
         self.attention_norm = norm("attention_norm")
         self.q = Linear(parameters["attention.q"])
@@ -71,14 +82,14 @@ class Drafter(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.feature_projection = Linear(parameters["feature_projection"])
-        self.feature_norm = RMSNorm(_dense(parameters["feature_norm"]), eps=config.norm_eps)
+        self.feature_norm = RMSNorm(dense(parameters["feature_norm"]), eps=config.norm_eps)
         self.layers = nnx.List(
             [
-                DrafterLayer(_below(parameters, f"layers.{index}."), config, index)
+                DrafterLayer(below(parameters, f"layers.{index}."), config, index)
                 for index in range(config.num_layers)
             ]
         )
-        self.final_norm = RMSNorm(_dense(parameters["final_norm"]), eps=config.norm_eps)
+        self.final_norm = RMSNorm(dense(parameters["final_norm"]), eps=config.norm_eps)
 
     def read(
         self, features: Float[Array, "slots rows features"], pools: Sequence[KvPool], place: Place

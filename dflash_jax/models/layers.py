@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
+
+
+def below(parameters: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
+    """The parameters whose names start with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+
+
+def dense(weight: Weight) -> Array:
+    """A norm or a bias: these are never quantised."""
+    return jnp.asarray(weight)
 
 
 class Linear(nnx.Module):

@@ -1,0 +1,269 @@
+"""One answer from prompt to last token, as a generator that yields after each visit to the device.
+
+The runner takes turns between answers, so a long prompt never keeps another answer waiting for more than one chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from dflash_jax.cache.sessions import Session, SessionStore
+from dflash_jax.compress.policy import droppable, question_tokens
+from dflash_jax.compress.prune import Gate, Positions, rope_positions, select
+from dflash_jax.compress.score import QUESTION_ROWS
+from dflash_jax.compress.spans import Prompt
+from dflash_jax.control.degenerate import degenerate
+from dflash_jax.control.rules import Rule, update
+from dflash_jax.control.state import Observation
+from dflash_jax.engine.programs import Programs, chunks_of, new_slots, sampling_parameters
+from dflash_jax.engine.request import (
+    DflashStats,
+    Event,
+    Finished,
+    FinishReason,
+    PflashStats,
+    PflashScope,
+    Sampling,
+    Stats,
+    TextDelta,
+)
+from dflash_jax.engine.stop import StopFinder
+from dflash_jax.engine.tokenizer import IncrementalDecoder, Tokenizer
+from dflash_jax.speculate.pace import Pace, StepTimes
+
+
+@dataclasses.dataclass
+class Shared:
+    """What all answers of an engine share; owned by the device thread. `times` changes as visits are measured."""
+
+    programs: Programs
+    store: SessionStore
+    tokenizer: Tokenizer | None
+    stop_ids: tuple[int, ...]
+    gate: Gate
+    scope: PflashScope
+    positions: Positions
+    dflash: str
+    rule: Rule
+    fixed_keep_ratio: float | None
+    times: StepTimes
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request that was accepted: its prompt, how to sample, and where events go."""
+
+    prompt: Prompt
+    sampling: Sampling
+    max_tokens: int
+    seed: int
+    session: str | None
+    on_event: Callable[[Event], None]
+    submitted: float = dataclasses.field(default_factory=time.perf_counter)
+    cancelled: bool = False
+
+
+class Answer:
+    """The state of one running answer. `steps()` does the work; `finish` reports the end exactly once."""
+
+    def __init__(self, job: Job, shared: Shared) -> None:
+        self.job = job
+        self._shared = shared
+        self._generated: list[int] = []
+        self._steps, self._drafted_steps, self._drafted_tokens = 0, 0, 0
+        self._cached = 0
+        self._first_token: float | None = None
+        self._pflash: PflashStats | None = None
+        self._compressed = False
+        self._finished = False
+        tokenizer = shared.tokenizer
+        self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
+        self._stop = StopFinder(job.sampling.stop)
+        self._reason: FinishReason = "length"
+
+    def steps(self) -> Iterator[None]:
+        """Runs the answer; yields after each visit to the device. Closing it frees the session's slot."""
+        shared, job = self._shared, self.job
+        session, known = shared.store.begin(job.prompt.token_ids, job.session)
+        self._cached = int(np.flatnonzero(session.kept)[session.length]) if session.length < session.kept.sum() else known
+        try:
+            kept = np.ones(len(job.prompt) - known, np.bool_)
+            keep_ratio = self._keep_ratio(session)
+            mask = droppable(job.prompt, shared.scope)[known:]
+            if shared.gate.opens(new_tokens=len(mask), droppable=int(mask.sum()), keep_ratio=keep_ratio):
+                kept = yield from self._compress(session, known, mask, keep_ratio)
+            session.ids = job.prompt.token_ids
+            session.kept = np.concatenate([session.kept, kept])
+            session.prompt_length = len(job.prompt)
+            self._compressed = not session.kept.all()
+            yield from self._prefill(session)
+            yield from self._decode(session)
+            self._observe(session)
+        finally:
+            shared.store.end(session)
+        self.finish(self._reason)
+
+    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+        """Sends the rest of the text and the last event, once."""
+        if self._finished:
+            return
+        self._finished = True
+        if reason in ("stop", "length") and self._decoder is not None:
+            tail, hit = self._stop.push(self._decoder.flush())
+            tail += "" if hit else self._stop.flush()
+            if tail:
+                self.job.on_event(TextDelta(tail, ()))
+        self.job.on_event(Finished(reason, self._stats(), error))
+
+    def _keep_ratio(self, session: Session) -> float:
+        fixed = self._shared.fixed_keep_ratio
+        return float(session.controller.keep_ratio) if fixed is None else fixed
+
+    def _compress(self, session: Session, known: int, mask: np.ndarray, keep_ratio: float) -> Iterator[None]:
+        """Scores what is new in the prompt and returns which of it is kept."""
+        shared, prompt = self._shared, self.job.prompt
+        programs, store, page_size = shared.programs, shared.store, shared.store.page_size
+        started = time.perf_counter()
+        candidate = np.concatenate([session.kept, np.ones(len(mask), np.bool_)])
+        ids, positions = prompt.token_ids[candidate], rope_positions(candidate, shared.positions)
+        first = len(ids) - len(mask)
+        if programs.has_own_scorer:
+            start, full, borrowed, table = 0, 0, [], programs.page_table(range(1, programs.pages_per_sequence + 1))
+        else:
+            # The session's own KV is the beginning of what the scorer reads; the rest goes into borrowed pages.
+            start, full = session.length, session.length // page_size
+            borrowed = store.borrow(-(-(len(ids) + QUESTION_ROWS) // page_size) - full)
+            table = programs.page_table(session.pages[:full] + borrowed)
+        try:
+            if start % page_size and borrowed:
+                programs.copy_page(session.pages[full], borrowed[0])
+            for begin, end in chunks_of(len(ids) - start, programs.profile):
+                rows = slice(start + begin, start + end)
+                programs.read_for_scoring(ids[rows], positions[rows], table, start + begin)
+                jax.block_until_ready(programs.pools.target[0][0])
+                yield
+            question = question_tokens(prompt, QUESTION_ROWS)
+            question = prompt.token_ids[-QUESTION_ROWS:] if question is None else question
+            after = np.arange(QUESTION_ROWS, dtype=np.int32)
+            scores = programs.score(question[after % len(question)], positions[-1] + 1 + after, table, len(ids))
+            kept = select(scores, mask, first=first, keep_ratio=keep_ratio)
+        finally:
+            store.pages.release(borrowed)
+        milliseconds = 1000 * (time.perf_counter() - started)
+        self._pflash = PflashStats(len(mask), int(session.kept.sum() + kept.sum()), keep_ratio, milliseconds)
+        return kept
+
+    def _prefill(self, session: Session) -> Iterator[None]:
+        """Stores K and V of the kept prompt but its last token, which is the first anchor."""
+        shared = self._shared
+        ids, positions = session.ids[session.kept], rope_positions(session.kept, shared.positions)
+        shared.store.grow(session, len(ids))
+        table = shared.programs.page_table(session.pages)
+        start = session.length
+        for begin, end in chunks_of(len(ids) - 1 - start, shared.programs.profile):
+            rows = slice(start + begin, start + end)
+            shared.programs.prefill_chunk(ids[rows], positions[rows], table, start + begin)
+            jax.block_until_ready(shared.programs.pools.target[0][0])
+            session.length = start + end
+            yield
+
+    def _decode(self, session: Session) -> Iterator[None]:
+        shared, job = self._shared, self.job
+        programs, profile = shared.programs, shared.programs.profile
+        sampling = job.sampling
+        compact = int(session.kept.sum()) - 1
+        slots = new_slots(
+            programs.page_table(session.pages),
+            length=session.length,
+            position=compact if shared.positions == "compact" else len(session.ids) - 1,
+            anchor=int(session.ids[-1]),
+            limit=job.max_tokens,
+            stop_ids=() if sampling.ignore_eos else shared.stop_ids,
+        )
+        parameters = sampling_parameters(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=job.seed,
+        )
+        pace = Pace()
+        while True:
+            draft = programs.has_drafter and (shared.dflash == "on" or (shared.dflash == "auto" and pace.drafts(shared.times)))
+            step_time = shared.times.block if draft else shared.times.plain
+            max_steps = max(1, min(profile.max_steps, round(profile.visit_seconds / step_time)))
+            rows = profile.block_rows if draft else profile.plain_rows
+            if self._grow(session, max_steps * rows + profile.block_rows):
+                slots = dataclasses.replace(slots, page_table=jax.numpy.asarray(programs.page_table(session.pages)))
+            started = time.perf_counter()
+            visit, slots = programs.decode(slots, parameters, draft=draft, max_steps=max_steps)
+            tokens = visit.tokens[0, : int(visit.count[0])]
+            steps = int(visit.steps)
+            seconds = time.perf_counter() - started
+            shared.times = shared.times.observe(drafted=draft, steps=steps, seconds=seconds)
+            pace = pace.observe(shared.times, drafted=draft, steps=steps, committed=len(tokens))
+            self._take(session, tokens, steps, draft)
+            if self._emit(tokens) or len(self._generated) >= job.max_tokens:
+                return
+            yield
+
+    def _grow(self, session: Session, ahead: int) -> bool:
+        """Pages for so many tokens ahead, as far as a sequence may go; whether there are new ones."""
+        shared, before = self._shared, len(session.pages)
+        longest = shared.programs.pages_per_sequence * shared.store.page_size
+        shared.store.grow(session, min(session.length + ahead, longest))
+        return len(session.pages) > before
+
+    def _take(self, session: Session, tokens: np.ndarray, steps: int, draft: bool) -> None:
+        session.ids = np.concatenate([session.ids, tokens])
+        session.kept = np.concatenate([session.kept, np.ones(len(tokens), np.bool_)])
+        session.length += len(tokens)
+        self._generated.extend(tokens.tolist())
+        self._steps += steps
+        if draft:
+            self._drafted_steps += steps
+            self._drafted_tokens += len(tokens)
+
+    def _emit(self, tokens: np.ndarray) -> bool:
+        """Streams the text of new tokens; whether the answer has ended."""
+        if self._first_token is None:
+            self._first_token = time.perf_counter()
+        ended = not self.job.sampling.ignore_eos and len(tokens) > 0 and int(tokens[-1]) in self._shared.stop_ids
+        text, hit = "", False
+        if self._decoder is not None:
+            # A stop token ends the answer and is not part of its text, special or not.
+            text, hit = self._stop.push(self._decoder.push(tokens[:-1] if ended else tokens))
+        self.job.on_event(TextDelta(text, tuple(tokens.tolist())))
+        if ended or hit:
+            self._reason = "stop"
+        return ended or hit
+
+    def _observe(self, session: Session) -> None:
+        if self._shared.fixed_keep_ratio is not None:
+            return
+        observation = Observation(
+            accept_length=np.float32(self._drafted_tokens / self._drafted_steps if self._drafted_steps else 0.0),
+            steps=np.int32(self._drafted_steps),
+            degenerate=np.bool_(degenerate(np.asarray(self._generated, np.int32))),
+            compressed=np.bool_(self._compressed),
+        )
+        session.controller = update(self._shared.rule, session.controller, observation)
+
+    def _stats(self) -> Stats:
+        now = time.perf_counter()
+        first = self._first_token if self._first_token is not None else now
+        dflash = DflashStats(self._drafted_steps, self._drafted_tokens) if self._drafted_steps else None
+        return Stats(
+            prompt_tokens=len(self.job.prompt),
+            cached_tokens=self._cached,
+            completion_tokens=len(self._generated),
+            time_to_first_token=first - self.job.submitted,
+            total_time=now - self.job.submitted,
+            pflash=self._pflash,
+            dflash=dflash,
+        )

@@ -1,0 +1,317 @@
+"""The engine as the server, the benchmarks and Python programs see it."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+import checkpoints
+from dflash_jax.cache.sessions import SessionStore
+from dflash_jax.compress.prune import Gate, Mode, Positions
+from dflash_jax.compress.score import QUESTION_ROWS, early_exit, full_depth
+from dflash_jax.compress.spans import Prompt
+from dflash_jax.control.rules import Rule, initial
+from dflash_jax.engine.answer import Job, Shared
+from dflash_jax.engine.chat import build_prompt, text_prompt
+from dflash_jax.engine.compilation import compilations, enable_persistent_cache
+from dflash_jax.engine.profile import Profile, profile_for_device
+from dflash_jax.engine.programs import Programs
+from dflash_jax.engine.request import (
+    Event,
+    Finished,
+    PflashScope,
+    Request,
+    RequestError,
+    Result,
+    Sampling,
+    TextDelta,
+)
+from dflash_jax.engine.runner import Runner
+from dflash_jax.engine.template import ChatTemplate
+from dflash_jax.engine.tokenizer import Tokenizer
+from dflash_jax.models.config import DrafterConfig, ModelConfig
+from dflash_jax.models.decoder import Decoder
+from dflash_jax.models.drafter import Drafter
+from dflash_jax.speculate.pace import StepTimes
+
+LoadProgress = Callable[[str, int, int], None]
+"""Called with a label, how much is done, and how much there is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Handle:
+    """A submitted request."""
+
+    _runner: Runner
+    _job: Job
+
+    def cancel(self) -> None:
+        """Ends the request before its next block; its last event says "cancelled" unless it has already ended."""
+        self._runner.cancel(self._job)
+
+
+class Engine:
+    """One target, perhaps a drafter and a scorer, and the thread that runs them. `Engine.load` makes one from files."""
+
+    def __init__(
+        self,
+        target: Decoder,
+        *,
+        tokenizer: Tokenizer | None = None,
+        template: ChatTemplate | None = None,
+        drafter: Drafter | None = None,
+        scorer: Decoder | None = None,
+        model_id: str = "model",
+        dflash: Mode = "auto",
+        pflash: Mode = "auto",
+        keep_ratio: float | None = None,
+        pflash_scope: PflashScope = "agent",
+        positions: Positions = "original",
+        rule: Rule = "relative",
+        context_length: int | None = None,
+        max_sessions: int | None = None,
+        profile: Profile | None = None,
+    ) -> None:
+        profile = profile or profile_for_device()
+        max_sessions = max_sessions or profile.max_sessions
+        self.model_id = model_id
+        self.context_length = _context_length(context_length, target.config)
+        self._tokenizer, self._template = tokenizer, template or ChatTemplate(None)
+        self._pflash = pflash
+        if keep_ratio is not None and not 0 < keep_ratio <= 1:
+            raise ValueError(f"keep ratio {keep_ratio} is not in (0, 1]")
+        depth = early_exit(target.config) if scorer is None else full_depth(scorer.config)
+        pages_per_sequence = -(-(self.context_length + QUESTION_ROWS + profile.block_rows) // profile.page_size)
+        num_pages = 1 + (max_sessions + (pflash != "off")) * pages_per_sequence
+        programs = Programs(
+            target,
+            drafter if dflash != "off" else None,
+            scorer,
+            depth,
+            profile=profile,
+            num_pages=num_pages,
+            pages_per_sequence=pages_per_sequence,
+        )
+        store = SessionStore(
+            num_pages=num_pages,
+            page_size=profile.page_size,
+            new_controller=lambda: initial(rule, keep_ratio),
+            copy_page=programs.copy_page,
+        )
+        cost = depth.num_layers / target.config.num_layers if scorer is None else _work(scorer) / _work(target)
+        self._shared = Shared(
+            programs=programs,
+            store=store,
+            tokenizer=tokenizer,
+            stop_ids=target.config.stop_ids,
+            gate=Gate(pflash, cost),
+            scope=pflash_scope,
+            positions=positions,
+            dflash=dflash,
+            rule=rule,
+            fixed_keep_ratio=keep_ratio,
+            times=StepTimes(plain=0.03, block=0.03),
+        )
+        self._max_sessions = max_sessions
+        self._runner: Runner | None = None
+        self._start = threading.Lock()
+
+    @staticmethod
+    def load(
+        path: str | Path | None = None,
+        *,
+        drafter: str | Path | None = None,
+        scorer: str | Path | None = None,
+        bsa: bool = False,
+        progress: LoadProgress | None = None,
+        **options: Any,
+    ) -> Engine:
+        """An engine for the model at `path` (a converted folder, a Hugging Face folder or a GGUF), or for the default model.
+
+        `options` are those of the constructor. Raises CheckpointError or ConfigError with a line that says what to do.
+        """
+        del bsa  # block-sparse attention in the scorer changes nothing until there is a kernel for it
+        enable_persistent_cache()
+        source = checkpoints.default_model(progress) if path is None else Path(path)
+        profile = options.pop("profile", None) or profile_for_device()
+        loaded = checkpoints.load(source)
+        if not isinstance(loaded.config, ModelConfig):
+            raise checkpoints.CheckpointError(f"{source} holds a drafter: pass it with --drafter")
+        tokenizer = Tokenizer.load(loaded.tokenizer_json) if loaded.tokenizer_json else None
+        return Engine(
+            Decoder(loaded.config, loaded.parameters, dtype=profile.dtype),
+            tokenizer=tokenizer,
+            template=_template(loaded.chat_template, tokenizer, loaded.config),
+            drafter=_load_drafter(drafter, loaded.config, profile) if drafter is not None else None,
+            scorer=_load_scorer(scorer, loaded.config, profile) if scorer is not None else None,
+            model_id=source.name.removesuffix(".gguf"),
+            profile=profile,
+            **options,
+        )
+
+    def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Compiles (or fetches from the cache) every program and measures the steps; requests then never wait for that."""
+        steps = self._shared.programs.warm_up_steps(with_scoring=self._pflash != "off")
+        for index, (label, action) in enumerate(steps):
+            if progress:
+                progress(label, index, len(steps))
+            action()
+        self._shared.times = self._shared.programs.measure_steps()
+        if progress:
+            progress("ready", len(steps), len(steps))
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Handle:
+        """Queues a request. Events come from the device thread; `Finished` is the last and always comes.
+
+        Raises RequestError for a request that cannot be served as it stands, OverloadedError when the queue is full.
+        """
+        prompt = self._prompt(request)
+        room = self.context_length - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"This model's maximum context length is {self.context_length} tokens, but the prompt has "
+                f"{len(prompt)} tokens; at most {self.context_length - 1} leave room for an answer",
+                code="context_length_exceeded",
+                param="messages" if request.messages is not None else "prompt",
+            )
+        sampling = request.sampling
+        job = Job(
+            prompt=prompt,
+            sampling=sampling,
+            max_tokens=min(room, sampling.max_tokens or room),
+            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            session=request.session,
+            on_event=on_event,
+        )
+        runner = self._running()
+        runner.submit(job)
+        return Handle(runner, job)
+
+    def stream(self, prompt: str | Sequence[Mapping[str, Any]], **sampling: Any) -> Iterator[Event]:
+        """The events of one request; leaving the iterator early cancels it. Arguments as `generate`."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        handle = self.submit(_request(prompt, sampling), events.put)
+        try:
+            while True:
+                event = events.get()
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            handle.cancel()
+
+    def generate(self, prompt: str | Sequence[Mapping[str, Any]], **sampling: Any) -> Result:
+        """One whole answer to a text or to chat messages. Keywords are the fields of `Sampling`, `tools` and `session`.
+
+        Raises RuntimeError when the answer failed.
+        """
+        texts, ids = [], []
+        for event in self.stream(prompt, **sampling):
+            if isinstance(event, TextDelta):
+                texts.append(event.text)
+                ids.extend(event.token_ids)
+            elif event.reason == "error":
+                raise RuntimeError(event.error)
+            else:
+                return Result("".join(texts), tuple(ids), event.reason, event.stats)
+        raise RuntimeError("the answer ended without a last event")
+
+    def gauges(self) -> dict[str, float]:
+        """What a metrics page shows of the engine at this moment."""
+        pages = self._shared.store.pages
+        runner = self._runner
+        return {
+            "queue_depth": float(runner.queue_depth if runner else 0),
+            "active_sessions": float(runner.active if runner else 0),
+            "pages_used": float(pages.used),
+            "pages_total": float(pages.total),
+            "compilations": float(compilations()),
+        }
+
+    def close(self, drain: bool = False) -> None:
+        """Stops the engine: running answers are finished (`drain`) or cancelled."""
+        if self._runner is not None:
+            self._runner.close(drain)
+
+    def _running(self) -> Runner:
+        with self._start:
+            if self._runner is None:
+                self._runner = Runner(self._shared, max_sessions=self._max_sessions)
+            return self._runner
+
+    def _prompt(self, request: Request) -> Prompt:
+        if (request.messages is None) == (request.prompt is None):
+            raise RequestError("exactly one of messages and prompt must be given", param="messages")
+        if self._tokenizer is None:
+            raise RequestError("this model was converted without a tokenizer, so it takes no text")
+        if request.prompt is not None:
+            prompt = text_prompt(self._tokenizer, request.prompt)
+        else:
+            prompt = build_prompt(self._tokenizer, self._template, request.messages or (), request.tools)
+        if len(prompt) == 0:
+            raise RequestError("the prompt is empty", param="prompt")
+        return prompt
+
+
+def _request(prompt: str | Sequence[Mapping[str, Any]], options: dict[str, Any]) -> Request:
+    session, tools = options.pop("session", None), options.pop("tools", None)
+    if "stop" in options and isinstance(options["stop"], str):
+        options["stop"] = (options["stop"],)
+    text, messages = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+    return Request(messages=messages, prompt=text, tools=tools, sampling=Sampling(**options), session=session)
+
+
+def _context_length(asked: int | None, config: ModelConfig) -> int:
+    if asked is not None and asked < 1:
+        raise ValueError(f"context length {asked} is not a positive number")
+    return min(asked or config.context_length, config.context_length)
+
+
+def _work(model: Decoder) -> int:
+    """Bytes of weights: what a pass costs, roughly, for models in the same format."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers))
+
+
+def _template(source: str | None, tokenizer: Tokenizer | None, config: ModelConfig) -> ChatTemplate:
+    if tokenizer is None:
+        return ChatTemplate(None)
+    bos = tokenizer.token(config.bos_id) if config.bos_id is not None else None
+    eos = tokenizer.token(config.stop_ids[0]) if config.stop_ids else None
+    return ChatTemplate(source, bos=bos, eos=eos)
+
+
+def _load_drafter(path: str | Path, target: ModelConfig, profile: Profile) -> Drafter:
+    loaded = checkpoints.load(Path(path))
+    config = loaded.config
+    if not isinstance(config, DrafterConfig):
+        raise checkpoints.CheckpointError(f"{path} is not a drafter: it holds a {config.family} model")
+    for name, ours, theirs in (
+        ("hidden size", config.hidden_size, target.hidden_size),
+        ("target layers", config.num_target_layers, target.num_layers),
+        ("vocabulary", config.vocab_size, target.vocab_size),
+    ):
+        if ours != theirs:
+            raise checkpoints.CheckpointError(
+                f"the drafter {path} was made for another target: its {name} is {ours}, the target's {theirs}"
+            )
+    return Drafter(config, loaded.parameters, dtype=profile.dtype)
+
+
+def _load_scorer(path: str | Path, target: ModelConfig, profile: Profile) -> Decoder:
+    loaded = checkpoints.load(Path(path))
+    if not isinstance(loaded.config, ModelConfig):
+        raise checkpoints.CheckpointError(f"{path} is a drafter and cannot score")
+    if loaded.config.vocab_size != target.vocab_size:
+        raise checkpoints.CheckpointError(
+            f"the scorer {path} has a vocabulary of {loaded.config.vocab_size}, the target of {target.vocab_size}: "
+            "they must share a tokenizer"
+        )
+    return Decoder(loaded.config, loaded.parameters, dtype=profile.dtype)

@@ -1,0 +1,67 @@
+"""Sizes that depend on the device: the one place where a CPU and a GPU differ for the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What programs are compiled for.
+
+    dtype           of activations and KV
+    page_size       tokens per page
+    chunks          rows of a prefill pass, ascending; a prompt is cut into the fewest passes, then the smallest
+    plain_rows      rows of a step that commits one token
+    block_rows      rows of a step that verifies a block
+    max_steps       steps of one visit to the device at most
+    visit_seconds   how long a visit should take: what a client that goes away costs, and how finely text streams
+    max_sessions    answers that run at the same time
+    """
+
+    dtype: jnp.dtype
+    page_size: int
+    chunks: tuple[int, ...]
+    plain_rows: int
+    block_rows: int
+    max_steps: int
+    visit_seconds: float
+    max_sessions: int
+
+    def chunk_for(self, remaining: int) -> int:
+        """Rows of the next prefill pass when so many tokens remain."""
+        largest = self.chunks[-1]
+        if remaining >= largest:
+            return largest
+        # A half-empty large pass is still cheaper than several small ones.
+        fitting = [chunk for chunk in self.chunks if chunk >= remaining]
+        small = self.chunks[0]
+        return small if remaining > 0 and -(-remaining // small) * small * 2 <= fitting[0] else fitting[0]
+
+
+def profile_for_device() -> Profile:
+    """The profile of the default device."""
+    if jax.default_backend() == "gpu":
+        return Profile(
+            dtype=jnp.dtype(jnp.bfloat16),
+            page_size=128,
+            chunks=(128, 1024),
+            plain_rows=16,  # as many as a block: they cost the same, and tiles and bits are equal then
+            block_rows=16,
+            max_steps=16,
+            visit_seconds=0.03,
+            max_sessions=4,
+        )
+    return Profile(
+        dtype=jnp.dtype(jnp.float32),
+        page_size=256,
+        chunks=(32, 256),
+        plain_rows=1,
+        block_rows=16,
+        max_steps=16,
+        visit_seconds=0.06,
+        max_sessions=2,
+    )

@@ -1,0 +1,265 @@
+"""Everything that is on the device: weights, pools, and the few compiled programs that change them."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dflash_jax.compress.score import QUESTION_ROWS, Depth, read_chunk, score_tokens
+from dflash_jax.engine.profile import Profile
+from dflash_jax.models.decoder import Decoder, empty_pools
+from dflash_jax.models.drafter import Drafter, empty_drafter_pools
+from dflash_jax.models.layers import KvPool
+from dflash_jax.speculate.loop import Visit, decode, prefill
+from dflash_jax.speculate.pace import StepTimes
+from dflash_jax.speculate.sampling import SamplingParameters
+from dflash_jax.speculate.step import Networks, Pools, Slots
+
+Step = tuple[str, Callable[[], object]]
+
+
+class _Weights:
+    """A network taken apart for jit: its leaves travel as a flat tuple, which dispatches fastest."""
+
+    def __init__(self, module: nnx.Module | None) -> None:
+        self._graph, state = (None, ()) if module is None else nnx.split(module)
+        leaves, self._tree = jax.tree.flatten(state)
+        self.leaves = tuple(leaves)
+
+    def build(self, leaves: Sequence[jax.Array]) -> Any:
+        """The network again, inside a traced function; None if there was none."""
+        return None if self._graph is None else nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
+
+
+class Programs:
+    """Device state of one engine and the programs on it. Not thread-safe: one thread owns it.
+
+    `num_pages` counts page 0. `scorer` is None when the target's own first layers score.
+    """
+
+    def __init__(
+        self,
+        target: Decoder,
+        drafter: Drafter | None,
+        scorer: Decoder | None,
+        depth: Depth,
+        *,
+        profile: Profile,
+        num_pages: int,
+        pages_per_sequence: int,
+    ) -> None:
+        self.profile = profile
+        self.pages_per_sequence = pages_per_sequence
+        self.has_drafter = drafter is not None
+        self.has_own_scorer = scorer is not None
+        self._num_pages = num_pages
+        self._target_config, self._drafter_config = target.config, drafter.config if drafter else None
+        self._scorer_config = scorer.config if scorer else None
+        self._weights = (_Weights(target), _Weights(drafter))
+        self._scorer_weights = _Weights(scorer if scorer is not None else target)
+        page_size = profile.page_size
+        self._prefill = self._compile(prefill, page_size=page_size)
+        self._decode = {
+            draft: self._compile(
+                decode, draft=draft, rows=rows, capacity=profile.max_steps * rows, page_size=page_size
+            )
+            for draft, rows in ((False, profile.plain_rows), (True, profile.block_rows))
+        }
+        self._read = self._compile_scorer(read_chunk, depth=depth, page_size=page_size)
+        self._score = self._compile_scorer(score_tokens, depth=depth, page_size=page_size)
+        self._copy = jax.jit(functools.partial(_copy_page, page_size=page_size), donate_argnums=(0,))
+        self.pools: Pools
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty pools; whatever they held is lost."""
+        sizes = {"page_size": self.profile.page_size, "dtype": self.profile.dtype}
+        target = empty_pools(self._target_config, num_pages=self._num_pages, **sizes)
+        config = self._drafter_config
+        drafter = empty_drafter_pools(config, num_pages=self._num_pages, **sizes) if config else ()
+        self.pools = Pools(target, drafter)
+        config = self._scorer_config
+        own_pages = self.pages_per_sequence + 1
+        self._scorer_pools = empty_pools(config, num_pages=own_pages, **sizes) if config else None
+
+    @property
+    def lost(self) -> bool:
+        """Whether a program failed after it had taken the pools: only `reset` helps then."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves((self.pools, self._scorer_pools)))
+
+    def page_table(self, pages: Sequence[int]) -> np.ndarray:
+        """i32[1, pages_per_sequence], padded with page 0."""
+        table = np.zeros((1, self.pages_per_sequence), np.int32)
+        table[0, : len(pages)] = pages
+        return table
+
+    def prefill_chunk(self, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int) -> None:
+        """Stores K and V of as many tokens as one of the profile's chunks has rows at most."""
+        tokens, positions = self._pad(tokens), self._pad(positions)
+        self.pools = self._prefill(
+            self._leaves, self.pools, tokens, positions, table, np.asarray([start], np.int32)
+        )
+
+    def decode(
+        self, slots: Slots, sampling: SamplingParameters, *, draft: bool, max_steps: int
+    ) -> tuple[Visit, Slots]:
+        """One visit: the device decodes up to `max_steps` steps."""
+        visit, self.pools, slots = self._decode[draft](
+            self._leaves, self.pools, slots, sampling, np.int32(min(max_steps, self.profile.max_steps))
+        )
+        return jax.device_get(visit), slots
+
+    def read_for_scoring(self, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int) -> None:
+        """The scorer reads one chunk of prompt."""
+        arguments = (self._pad(tokens), self._pad(positions), table, np.asarray([start], np.int32))
+        self._set_scorer_pools(self._read(self._scorer_weights.leaves, self._get_scorer_pools(), *arguments))
+
+    def score(self, question: np.ndarray, positions: np.ndarray, table: np.ndarray, length: int) -> jax.Array:
+        """Scores f32[pages_per_sequence * page_size] of the first `length` tokens under QUESTION_ROWS question tokens."""
+        arguments = (question[None], positions[None], table, np.asarray([length], np.int32))
+        scores, pools = self._score(self._scorer_weights.leaves, self._get_scorer_pools(), *arguments)
+        self._set_scorer_pools(pools)
+        return scores
+
+    def copy_page(self, source: int, destination: int) -> None:
+        """Copies one page in every pool under the sessions' page tables."""
+        self.pools = self._copy(self.pools, np.int32(source), np.int32(destination))
+
+    def warm_up_steps(self, with_scoring: bool) -> list[Step]:
+        """Labels and actions that compile every program by running it on page 0."""
+        table = self.page_table(())
+        steps: list[Step] = [
+            (f"prefill of {rows} tokens", functools.partial(self._run_dummy_prefill, rows, table))
+            for rows in self.profile.chunks
+        ]
+        steps.append(("plain decoding", functools.partial(self._run_dummy_decode, draft=False)))
+        if self.has_drafter:
+            steps.append(("decoding with DFlash", functools.partial(self._run_dummy_decode, draft=True)))
+        if with_scoring:
+            steps += [
+                (f"scoring of {rows} tokens", functools.partial(self._run_dummy_read, rows, table))
+                for rows in self.profile.chunks
+            ]
+            question = np.zeros(QUESTION_ROWS, np.int32)
+            steps.append(("scores", lambda: self.score(question, question, table, 0)))
+        steps.append(("copy of a page", lambda: self.copy_page(0, 0)))
+        return steps
+
+    def measure_steps(self) -> StepTimes:
+        """Seconds of a plain step and of a block on an almost empty context."""
+        seconds = {}
+        for draft in (False, True) if self.has_drafter else (False,):
+            samples = []
+            for _ in range(3):
+                started = time.perf_counter()
+                self._run_dummy_decode(draft=draft)
+                samples.append(time.perf_counter() - started)
+            seconds[draft] = min(samples) / 2
+        return StepTimes(plain=seconds[False], block=seconds.get(True, seconds[False]))
+
+    @property
+    def _leaves(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        return self._weights[0].leaves, self._weights[1].leaves
+
+    def _compile(self, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+        target, drafter = self._weights
+
+        def program(leaves: Any, pools: Pools, *arguments: Any) -> Any:
+            return function(Networks(target.build(leaves[0]), drafter.build(leaves[1])), pools, *arguments, **static)
+
+        program.__name__ = function.__name__
+        return jax.jit(program, donate_argnums=(1,))
+
+    def _compile_scorer(self, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+        weights = self._scorer_weights
+
+        def program(leaves: Any, pools: tuple[KvPool, ...], *arguments: Any) -> Any:
+            return function(weights.build(leaves), pools, *arguments, **static)
+
+        program.__name__ = function.__name__
+        return jax.jit(program, donate_argnums=(1,))
+
+    def _get_scorer_pools(self) -> tuple[KvPool, ...]:
+        return self.pools.target if self._scorer_pools is None else self._scorer_pools
+
+    def _set_scorer_pools(self, pools: tuple[KvPool, ...]) -> None:
+        if self._scorer_pools is None:
+            self.pools = Pools(pools, self.pools.drafter)
+        else:
+            self._scorer_pools = pools
+
+    def _pad(self, values: np.ndarray) -> np.ndarray:
+        rows = self.profile.chunk_for(len(values))
+        return np.pad(values, (0, rows - len(values)))[None].astype(np.int32)
+
+    def _run_dummy_prefill(self, rows: int, table: np.ndarray) -> None:
+        zeros = np.zeros(rows, np.int32)
+        self.prefill_chunk(zeros, zeros, table, 0)
+        jax.block_until_ready(self.pools)
+
+    def _run_dummy_read(self, rows: int, table: np.ndarray) -> None:
+        zeros = np.zeros(rows, np.int32)
+        self.read_for_scoring(zeros, zeros, table, 0)
+        jax.block_until_ready(self._get_scorer_pools())
+
+    def _run_dummy_decode(self, *, draft: bool) -> None:
+        slots = new_slots(self.page_table(()), length=0, position=0, anchor=0, limit=1 << 20, stop_ids=())
+        self.decode(slots, sampling_parameters(temperature=0.0), draft=draft, max_steps=2)
+
+
+def new_slots(
+    table: np.ndarray, *, length: int, position: int, anchor: int, limit: int, stop_ids: Sequence[int], stops: int = 8
+) -> Slots:
+    """One slot at the beginning of an answer of at most `limit` tokens."""
+    padded = (list(stop_ids) + [-1] * stops)[: max(stops, len(stop_ids))]
+
+    def one(value: int) -> jax.Array:
+        return jnp.asarray([value], jnp.int32)
+
+    return Slots(
+        page_table=jnp.asarray(table, jnp.int32),
+        length=one(length),
+        position=one(position),
+        anchor=one(anchor),
+        number=one(0),
+        limit=one(limit),
+        stop_ids=jnp.asarray([padded], jnp.int32),
+        live=jnp.asarray([limit > 0]),
+    )
+
+
+def sampling_parameters(
+    *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0
+) -> SamplingParameters:
+    """The device form of one request's sampling fields."""
+    return SamplingParameters(
+        temperature=jnp.asarray([temperature], jnp.float32),
+        top_k=jnp.asarray([top_k], jnp.int32),
+        top_p=jnp.asarray([top_p], jnp.float32),
+        min_p=jnp.asarray([min_p], jnp.float32),
+        seed=jnp.asarray([[(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF]], jnp.uint32),
+    )
+
+
+def chunks_of(total: int, profile: Profile) -> Iterator[tuple[int, int]]:
+    """(start, end) of the prefill passes over `total` tokens."""
+    start = 0
+    while start < total:
+        end = min(total, start + profile.chunk_for(total - start))
+        yield start, end
+        start = end
+
+
+def _copy_page(pools: Pools, source: jax.Array, destination: jax.Array, *, page_size: int) -> Pools:
+    def copy(pool: jax.Array) -> jax.Array:
+        page = jax.lax.dynamic_slice_in_dim(pool, source * page_size, page_size)
+        return jax.lax.dynamic_update_slice_in_dim(pool, page, destination * page_size, axis=0)
+
+    return jax.tree.map(copy, pools)

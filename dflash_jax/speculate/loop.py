@@ -1,0 +1,84 @@
+"""The compiled programs that change the pools: prefill of a chunk, and the device loop of decoding steps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dflash_jax.models.decoder import Place
+from dflash_jax.speculate.sampling import SamplingParameters
+from dflash_jax.speculate.step import Networks, Pools, Slots, no_proposals, propose, verify
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """What the device did between two looks of the host: per slot the committed tokens, and how many steps were run."""
+
+    tokens: Int[Array, "slots capacity"]
+    count: Int[Array, " slots"]
+    steps: Int[Array, ""]
+
+
+def prefill(
+    networks: Networks,
+    pools: Pools,
+    tokens: Int[Array, "slots rows"],
+    positions: Int[Array, "slots rows"],
+    page_table: Int[Array, "slots pages"],
+    starts: Int[Array, " slots"],
+    *,
+    page_size: int,
+) -> Pools:
+    """Stores K and V of one chunk of prompt tokens, in the target's pools and, from its features, in the drafter's.
+
+    Rows past the end of a prompt may hold any token: what they store is overwritten before it is read.
+    """
+    place = Place(page_table, starts, positions, page_size)
+    passed = networks.target(tokens, pools.target, place, capture=networks.captured_layers)
+    if networks.drafter is None or passed.features is None:
+        return dataclasses.replace(pools, target=passed.pools)
+    return Pools(passed.pools, networks.drafter.read(passed.features, pools.drafter, place))
+
+
+def decode(
+    networks: Networks,
+    pools: Pools,
+    slots: Slots,
+    sampling: SamplingParameters,
+    max_steps: Int[Array, ""],
+    *,
+    draft: bool,
+    rows: int,
+    capacity: int,
+    page_size: int,
+) -> tuple[Visit, Pools, Slots]:
+    """Steps until no slot is live or `max_steps` are done, without the host.
+
+    `capacity` bounds the committed tokens of a visit; it must be at least `rows`. With `draft` each step verifies a block
+    from the drafter, without it the step commits one token.
+    """
+
+    def room(carry: tuple[Visit, Pools, Slots]) -> Array:
+        visit, _, slots = carry
+        return jnp.any(slots.live) & (visit.steps < max_steps) & (jnp.max(visit.count) + rows <= capacity)
+
+    def step(carry: tuple[Visit, Pools, Slots]) -> tuple[Visit, Pools, Slots]:
+        visit, pools, slots = carry
+        if draft:
+            proposals, pools = propose(networks, pools, slots, rows=rows, page_size=page_size)
+        else:
+            proposals = no_proposals(slots, rows)
+        committed, pools, slots = verify(networks, pools, slots, sampling, proposals, page_size=page_size)
+        row = jnp.arange(rows, dtype=jnp.int32)[None, :]
+        target = jnp.where(row < committed.count[:, None], visit.count[:, None] + row, capacity)
+        slot = jnp.arange(len(visit.count), dtype=jnp.int32)[:, None]
+        tokens = visit.tokens.at[slot, target].set(committed.tokens, mode="drop")
+        return Visit(tokens, visit.count + committed.count, visit.steps + 1), pools, slots
+
+    num_slots = slots.anchor.shape[0]
+    empty = Visit(jnp.zeros((num_slots, capacity), jnp.int32), jnp.zeros(num_slots, jnp.int32), jnp.int32(0))
+    return jax.lax.while_loop(room, step, (empty, pools, slots))

@@ -1,0 +1,167 @@
+"""One step of decoding: the drafter proposes a block, the target verifies it, the longest right prefix is committed.
+
+Plain decoding is the same step with proposals that no token equals. The step is pure and works on all slots at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dflash_jax.models.decoder import Decoder, Place
+from dflash_jax.models.drafter import Drafter, block_tokens
+from dflash_jax.models.layers import KvPool
+from dflash_jax.speculate.sampling import SamplingParameters, greedy, sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The target and, if there is one, its drafter."""
+
+    target: Decoder
+    drafter: Drafter | None
+
+    @property
+    def captured_layers(self) -> Sequence[int]:
+        """Target layers whose features the drafter reads."""
+        return self.drafter.config.target_layers if self.drafter else ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pools:
+    """KV pools of the target and of the drafter (none without a drafter), under the same page tables."""
+
+    target: tuple[KvPool, ...]
+    drafter: tuple[KvPool, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where each sequence stands. A slot that is not live computes rows that nobody reads."""
+
+    page_table: Int[Array, "slots pages"]
+    length: Int[Array, " slots"]
+    """Tokens whose K and V are in the pools; the anchor is the next one."""
+    position: Int[Array, " slots"]
+    """RoPE position of the anchor: `length` unless a pruned prompt kept its original positions."""
+    anchor: Int[Array, " slots"]
+    number: Int[Array, " slots"]
+    """Tokens of the answer so far."""
+    limit: Int[Array, " slots"]
+    """Tokens that the answer may have."""
+    stop_ids: Int[Array, "slots stops"]
+    """Padded with -1."""
+    live: Bool[Array, " slots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Committed:
+    """What a step adds to each slot: the first `count` of `tokens`, the last of them the new anchor."""
+
+    tokens: Int[Array, "slots rows"]
+    count: Int[Array, " slots"]
+
+
+def no_proposals(slots: Slots, rows: int) -> Int[Array, "slots proposals"]:
+    """Proposals for a plain step of `rows` rows: no token equals them."""
+    return jnp.full((slots.anchor.shape[0], rows - 1), -1, jnp.int32)
+
+
+def propose(
+    networks: Networks, pools: Pools, slots: Slots, *, rows: int, page_size: int
+) -> tuple[Int[Array, "slots proposals"], Pools]:
+    """The drafter's most likely token for each of the `rows - 1` rows after the anchor."""
+    target, drafter = networks.target, networks.drafter
+    if drafter is None:
+        raise ValueError("propose needs a drafter")
+    block = block_tokens(slots.anchor, drafter.config)
+    place = _place(slots, block.shape[1], page_size)
+    hidden, drafter_pools = drafter(target.embed(block), pools.drafter, place)
+    proposals = greedy(target.project(hidden[:, 1:rows]))
+    return proposals, dataclasses.replace(pools, drafter=drafter_pools)
+
+
+def verify(
+    networks: Networks,
+    pools: Pools,
+    slots: Slots,
+    sampling: SamplingParameters,
+    proposals: Int[Array, "slots proposals"],
+    *,
+    page_size: int,
+) -> tuple[Committed, Pools, Slots]:
+    """Runs the target over anchor and proposals and commits what it agrees with, plus one token of its own.
+
+    At each row the target draws its own token; a proposal is accepted if it equals that token and all before it were accepted
+    (lossless for any drafter: each committed token is the target's own draw given the true prefix).
+    """
+    rows = proposals.shape[1] + 1
+    place = _place(slots, rows, page_size)
+    block = jnp.concatenate([slots.anchor[:, None], jnp.maximum(proposals, 0)], axis=1)
+    passed = networks.target(block, pools.target, place, capture=networks.captured_layers)
+    drafter_pools = pools.drafter
+    if networks.drafter is not None and passed.features is not None:
+        drafter_pools = networks.drafter.read(passed.features, pools.drafter, place)
+    own = _own_tokens(networks.target.logits(passed.hidden), sampling, slots.number, proposals)
+    committed = _accept(own, proposals, slots)
+    return committed, Pools(passed.pools, drafter_pools), _advance(slots, committed)
+
+
+def _place(slots: Slots, rows: int, page_size: int) -> Place:
+    positions = slots.position[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]
+    return Place(slots.page_table, slots.length, positions, page_size)
+
+
+def _own_tokens(
+    logits: Float[Array, "slots rows vocab"],
+    sampling: SamplingParameters,
+    number: Int[Array, " slots"],
+    proposals: Int[Array, "slots proposals"],
+) -> Int[Array, "slots rows"]:
+    """The target's token at each row. Rows are sampled one after the other, only as far as some slot still accepts."""
+    rows = logits.shape[1]
+
+    def draw(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        row, own, agreeing = carry
+        token = sample(jax.lax.dynamic_index_in_dim(logits, row, axis=1, keepdims=False), sampling, number + row)
+        own = jax.lax.dynamic_update_index_in_dim(own, token, row, axis=1)
+        proposal = jax.lax.dynamic_index_in_dim(padded, row, axis=1, keepdims=False)
+        return row + 1, own, agreeing & (token == proposal)
+
+    def sampled() -> Array:
+        start = (jnp.int32(0), jnp.zeros(logits.shape[:2], jnp.int32), jnp.ones(logits.shape[0], jnp.bool_))
+        return jax.lax.while_loop(lambda carry: (carry[0] < rows) & jnp.any(carry[2]), draw, start)[1]
+
+    padded = jnp.pad(proposals, ((0, 0), (0, 1)), constant_values=-1)
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: greedy(logits))
+
+
+def _accept(own: Int[Array, "slots rows"], proposals: Int[Array, "slots proposals"], slots: Slots) -> Committed:
+    agreeing = jnp.cumprod((own[:, :-1] == proposals).astype(jnp.int32), axis=1)
+    count = jnp.sum(agreeing, axis=1) + 1
+    stops = jnp.any(own[:, :, None] == slots.stop_ids[:, None, :], axis=-1)  # [slots, rows]
+    before_stop = jnp.cumprod(1 - stops.astype(jnp.int32), axis=1)
+    count = jnp.minimum(count, jnp.sum(before_stop, axis=1) + 1)
+    count = jnp.minimum(count, slots.limit - slots.number)
+    return Committed(own, jnp.where(slots.live, count, 0))
+
+
+def _advance(slots: Slots, committed: Committed) -> Slots:
+    last = jnp.maximum(committed.count - 1, 0)[:, None]
+    anchor = jnp.where(slots.live, jnp.take_along_axis(committed.tokens, last, axis=1)[:, 0], slots.anchor)
+    number = slots.number + committed.count
+    stopped = jnp.any(anchor[:, None] == slots.stop_ids, axis=-1)
+    return dataclasses.replace(
+        slots,
+        length=slots.length + committed.count,
+        position=slots.position + committed.count,
+        anchor=anchor,
+        number=number,
+        live=slots.live & ~stopped & (number < slots.limit),
+    )
