@@ -1,0 +1,53 @@
+"""Attention of a block of query rows over paged KV: the public name."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_attention import reference
+
+IMPLEMENTATIONS = ("reference",)
+
+
+def block_attention(
+    queries: Float[Array, "B T H D"],
+    key_pool: Float[Array, "tokens kv_heads D"],
+    value_pool: Float[Array, "tokens kv_heads D"],
+    page_table: Int[Array, "B P"],
+    starts: Int[Array, " B"],
+    *,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    causal: bool = True,
+    implementation: str | None = None,
+) -> Float[Array, "B T H D"]:
+    """Mixes values for T query rows of each of B slots.
+
+    Query t of slot b has token index `starts[b] + t`; token index j lives in pool row
+    `page_table[b, j // page_size] * page_size + j % page_size`, and the rows' own K and V are already there. The query sees key j
+    iff `j <= starts[b] + t` (causal) or `j < starts[b] + T` (not causal), and `starts[b] + t - j < window` where a window is given.
+    Softmax in f32 of `scale * q.k`; a row that sees nothing gives zeros. Pools hold finite numbers everywhere.
+
+    A row's result is bit-equal whatever the other rows and slots hold. Raises NotImplementedError when a named implementation
+    cannot take these arguments, ValueError when shapes do not fit.
+    """
+    _check(queries, key_pool, value_pool, page_size)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise NotImplementedError(
+            f"block_attention has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
+        )
+    return reference.block_attention(
+        queries, key_pool, value_pool, page_table, starts, page_size=page_size, scale=scale, window=window, causal=causal
+    )
+
+
+def _check(queries: Array, key_pool: Array, value_pool: Array, page_size: int) -> None:
+    heads, head_dim = queries.shape[2:]
+    if key_pool.shape[0] % page_size or value_pool.shape[0] % page_size:
+        raise ValueError(f"pools have {key_pool.shape[0]} rows, expected whole pages of {page_size}")
+    if key_pool.shape != value_pool.shape or key_pool.shape[2] != head_dim or heads % key_pool.shape[1]:
+        raise ValueError(
+            f"queries have {heads} heads of {head_dim}, pools {key_pool.shape} and {value_pool.shape}: "
+            "expected equal pools [tokens, kv_heads, head_dim] with kv_heads dividing heads"
+        )

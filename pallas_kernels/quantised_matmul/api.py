@@ -1,0 +1,72 @@
+"""Linear maps with dense, 8-bit and 4-bit weights: the public names."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.quantised_matmul import int8_activations, reference
+from pallas_kernels.quantised_matmul.weights import (
+    W4,
+    W8,
+    Weight,
+    concatenate,
+    dequantise,
+    pack_w4,
+    quantise_w4,
+    quantise_w8,
+    take_rows,
+    unpack_w4,
+)
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "W4",
+    "W8",
+    "Weight",
+    "concatenate",
+    "dequantise",
+    "matmul",
+    "pack_w4",
+    "quantise_w4",
+    "quantise_w8",
+    "take_rows",
+    "unpack_w4",
+]
+
+IMPLEMENTATIONS = ("reference", "int8_activations")
+
+
+def matmul(x: Float[Array, "... K"], weight: Weight, *, implementation: str | None = None) -> Float[Array, "... N"]:
+    """`x @ weight.T` in the dtype of x, accumulated in f32 (W8 on a CPU: in int32).
+
+    `implementation` is one of IMPLEMENTATIONS; None picks int8_activations for W8 on a CPU and reference otherwise. Raises
+    NotImplementedError when the named implementation cannot take this weight, ValueError when shapes do not fit.
+    """
+    _check(x, weight)
+    if implementation is None:
+        implementation = _default(weight)
+    if implementation == "int8_activations":
+        if not isinstance(weight, W8):
+            raise NotImplementedError(f"int8_activations takes W8 weights, got {type(weight).__name__}: use reference")
+        return int8_activations.matmul(x, weight)
+    if implementation == "reference":
+        return reference.matmul(x, weight)
+    raise NotImplementedError(f"matmul has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
+
+
+def _default(weight: Weight) -> str:
+    on_cpu = jax.default_backend() == "cpu"
+    return "int8_activations" if on_cpu and isinstance(weight, W8) else "reference"
+
+
+def _check(x: Array, weight: Weight) -> None:
+    columns = x.shape[-1]
+    if isinstance(weight, W4):
+        held = 4 * weight.packed.shape[0]
+        fits = held - 128 < columns <= held
+    else:
+        held = (weight.values if isinstance(weight, W8) else weight).shape[1]
+        fits = columns == held
+    if not fits:
+        raise ValueError(f"x has {columns} columns, the weight takes {held}: give x[..., K] for a weight [N, K]")
