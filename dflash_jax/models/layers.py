@@ -107,7 +107,12 @@ def write_rows(
     page = jnp.take_along_axis(page_table, jnp.where(inside, page_number, 0), axis=1)
     target = jnp.where(inside, page * page_size + index % page_size, index % page_size).reshape(slots * rows)
 
+    # XLA turns a scatter of one row into an update that copies the whole pool (CPU, jax 0.10); the same row twice stays in place.
+    twice = 2 if slots * rows == 1 else 1
+    target = jnp.tile(target, twice)
+
     def put(old: Array, new: Array) -> Array:
-        return old.at[target].set(new.reshape(slots * rows, *new.shape[2:]).astype(old.dtype), mode="promise_in_bounds")
+        flat = jnp.tile(new.reshape(slots * rows, *new.shape[2:]).astype(old.dtype), (twice, 1, 1))
+        return old.at[target].set(flat, mode="promise_in_bounds")
 
     return put(pool[0], keys), put(pool[1], values)
