@@ -1,0 +1,35 @@
+"""Strictness that every test runs under, and the real model that some of them share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDENS = REPOSITORY / "tests" / "goldens"
+
+# Tests compare numbers in f32 and must not depend on which accelerator a machine has.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Commands that tests start inherit this, so that the default model is converted once for all runs in this folder.
+os.environ.setdefault("DFLASH_JAX_CACHE", str(REPOSITORY / ".cache" / "dflash-jax"))
+
+import jax  # noqa: E402  (reads JAX_PLATFORMS when it is imported)
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder with outputs of reference implementations; tools/make_goldens.py writes it."""
+    return GOLDENS
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The converted default model, with real weights."""
+    import checkpoints
+
+    return checkpoints.default_model(lambda label, done, total: None)
