@@ -44,6 +44,13 @@ class Linear(nnx.Module):
         return product if self.bias is None else product + self.bias.get_value().astype(x.dtype)
 
 
+def _mean_square(x: Float[Array, "... dim"]) -> Float[Array, "... 1"]:
+    """Row means whose bits do not depend on how many rows there are: XLA sums fewer than 8 rows in another order (CPU)."""
+    rows = x.reshape(-1, x.shape[-1])
+    padded = jnp.pad(rows, ((0, max(0, 8 - len(rows))), (0, 0)))
+    return jnp.mean(jnp.square(padded), axis=-1)[: len(rows)].reshape(*x.shape[:-1], 1)
+
+
 class RMSNorm(nnx.Module):
     """`x / rms(x) * (weight + offset)`, computed in f32 over the last axis; without a weight it only normalises."""
 
@@ -53,7 +60,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        normed = wide * jax.lax.rsqrt(_mean_square(wide) + self.eps)
         if self.scale is not None:
             normed = normed * jnp.expand_dims(self.scale.get_value(), range(x.ndim - 1))
         return normed.astype(x.dtype)
