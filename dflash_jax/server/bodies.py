@@ -1,0 +1,182 @@
+"""Request bodies: read under a limit, parsed strictly, checked against a record; unknown fields are ignored."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
+from starlette.requests import Request
+
+from dflash_jax.engine.request import Sampling
+from dflash_jax.server.errors import ApiError
+
+MAX_BODY_BYTES = 16 * 2**20
+BODY_SECONDS = 60.0
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1000
+MAX_SESSION_CHARACTERS = 256
+
+_SESSION_HEADERS = ("x-session-id", "x-session-affinity", "session-id", "x-claude-code-session-id", "x-openwebui-chat-id")
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Record):
+    include_usage: bool | None = None
+
+
+class GenerationBody(_Record):
+    """What chat and text completions have in common. A field that is null counts as absent."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: _StopString | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    session: str | None = None
+    session_id: str | None = None
+    prompt_cache_key: str | None = None
+    n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = None
+    logprobs: bool | int | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self) -> Sampling:
+        """Absent fields take OpenAI's defaults: temperature 1 with no filter, and as many tokens as the window has room for."""
+        return Sampling(
+            max_tokens=self.token_limit(),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(self.top_k or 0, 0),
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    def session_hint(self, headers: Headers) -> str | None:
+        """The conversation that a header or the body names, in the forms that agents send."""
+        hints = [*(headers.get(name) for name in _SESSION_HEADERS)]
+        hints += [self.session, self.session_id, self.prompt_cache_key, self.user]
+        return next((hint[:MAX_SESSION_CHARACTERS] for hint in hints if hint), None)
+
+    def check_supported(self) -> None:
+        """Raises ApiError for a field whose value asks for what this server cannot do (yet)."""
+        for field, neutral in self._neutral_values().items():
+            value = getattr(self, field)
+            if value is not None and value not in neutral:
+                raise ApiError(
+                    400,
+                    f"{field} {str(value)[:80]!r} is not supported by this server: leave the field out",
+                    param=field,
+                    code="unsupported_parameter",
+                )
+
+    def _neutral_values(self) -> dict[str, tuple[Any, ...]]:
+        return {"n": (1,), "logprobs": (False,), "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,)}
+
+
+class ChatBody(GenerationBody):
+    """The body of /v1/chat/completions. The engine checks what is inside of a message."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    response_format: dict[str, Any] | None = None
+    top_logprobs: int | None = None
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def _neutral_values(self) -> dict[str, tuple[Any, ...]]:
+        return {**super()._neutral_values(), "top_logprobs": (0,), "response_format": ({"type": "text"},)}
+
+
+class CompletionBody(GenerationBody):
+    """The body of /v1/completions."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+    @property
+    def text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    def _neutral_values(self) -> dict[str, tuple[Any, ...]]:
+        return {**super()._neutral_values(), "echo": (False,), "suffix": ("",), "best_of": (1,), "logprobs": ()}
+
+
+async def read_body(request: Request, record: type[_Body]) -> _Body:
+    """The body of a request as a record. Raises ApiError 400, 408 or 413; starlette's ClientDisconnect passes through."""
+    return parse(await _read(request), record)
+
+
+def parse(data: bytes | bytearray, record: type[_Body]) -> _Body:
+    """JSON bytes as a record. Raises ApiError that names the field which is wrong."""
+    try:
+        value = pydantic_core.from_json(bytes(data).removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise ApiError(400, f"the request body must be a JSON object, not a {type(value).__name__}")
+    try:
+        return record.model_validate(value)
+    except pydantic.ValidationError as error:
+        raise _field_error(error) from error
+
+
+def _field_error(error: pydantic.ValidationError) -> ApiError:
+    first = error.errors(include_url=False)[0]
+    # Behind the field's name stand indices of lists, but also the names of the alternatives of a union.
+    field = str(first["loc"][0]) + "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
+    given = "" if first["type"] == "missing" else f", not {_short(first['input'])}"
+    return ApiError(400, f"{field}: {first['msg'].lower()}{given}", param=field)
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if not isinstance(value, list | dict) else f"a {type(value).__name__} of {len(value)}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+async def _read(request: Request) -> bytearray:
+    too_large = ApiError(413, f"the request body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:20]) > MAX_BODY_BYTES:
+        raise too_large
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > MAX_BODY_BYTES:
+                    raise too_large
+    except TimeoutError as error:
+        raise ApiError(408, f"the request body did not arrive within {BODY_SECONDS:.0f} s", code="timeout") from error
+    return data

@@ -1,0 +1,177 @@
+"""OpenAI's /v1/chat/completions and /v1/completions, streamed and whole."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from dflash_jax.engine.request import Finished, Request, TextDelta
+from dflash_jax.server.answers import Answer, Engine
+from dflash_jax.server.bodies import ChatBody, CompletionBody, GenerationBody, read_body
+from dflash_jax.server.errors import ApiError, failed, overloaded
+from dflash_jax.server.metrics import Metrics
+from dflash_jax.server.usage import usage
+
+KEEP_ALIVE = b": keep-alive\n\n"
+_DONE = b"data: [DONE]\n\n"
+
+
+async def chat_completions(request: HttpRequest) -> Response:
+    body = await read_body(request, ChatBody)
+    return await _answer(request, body, _Chat(request.app.state.engine.model_id), messages=body.messages, tools=body.tools)
+
+
+async def completions(request: HttpRequest) -> Response:
+    body = await read_body(request, CompletionBody)
+    return await _answer(request, body, _Text(request.app.state.engine.model_id), prompt=body.text)
+
+
+class _Shape(Protocol):
+    """How a protocol writes an answer."""
+
+    head: dict[str, Any]
+    stream_object: str
+    whole_object: str
+
+    def opening(self) -> list[dict[str, Any]]: ...
+
+    def piece(self, text: str) -> dict[str, Any]: ...
+
+    def ending(self, reason: str) -> dict[str, Any]: ...
+
+    def whole(self, text: str, reason: str) -> dict[str, Any]: ...
+
+
+class _Chat:
+    stream_object, whole_object = "chat.completion.chunk", "chat.completion"
+
+    def __init__(self, model: str) -> None:
+        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [_choice(delta={"role": "assistant", "content": ""})]
+
+    def piece(self, text: str) -> dict[str, Any]:
+        return _choice(delta={"content": text})
+
+    def ending(self, reason: str) -> dict[str, Any]:
+        return _choice(reason, delta={})
+
+    def whole(self, text: str, reason: str) -> dict[str, Any]:
+        return _choice(reason, message={"role": "assistant", "content": text, "refusal": None})
+
+
+class _Text:
+    stream_object = whole_object = "text_completion"
+
+    def __init__(self, model: str) -> None:
+        self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def opening(self) -> list[dict[str, Any]]:
+        return []
+
+    def piece(self, text: str) -> dict[str, Any]:
+        return _choice(text=text)
+
+    def ending(self, reason: str) -> dict[str, Any]:
+        return _choice(reason, text="")
+
+    def whole(self, text: str, reason: str) -> dict[str, Any]:
+        return _choice(reason, text=text)
+
+
+def _choice(reason: str | None = None, **content: Any) -> dict[str, Any]:
+    return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
+
+
+async def _answer(request: HttpRequest, body: GenerationBody, shape: _Shape, **prompt: Any) -> Response:
+    body.check_supported()
+    engine: Engine = request.app.state.engine
+    metrics: Metrics = request.app.state.metrics
+    asked = Request(**prompt, sampling=body.sampling(), session=body.session_hint(request.headers))
+    answer = await Answer.open(engine, asked, request.receive, metrics.observe)
+    if body.stream:
+        return _EventStream(answer, _events(answer, shape, body.include_usage, request.app.state.keep_alive))
+    try:
+        return JSONResponse(await _whole(answer, shape))
+    finally:
+        answer.close()
+
+
+async def _whole(answer: Answer, shape: _Shape) -> dict[str, Any]:
+    texts = []
+    while True:
+        event = await answer.next()
+        if isinstance(event, TextDelta):
+            texts.append(event.text)
+        elif isinstance(event, Finished):
+            if error := _error(event):
+                raise error
+            choice = shape.whole("".join(texts), event.reason)
+            return {**shape.head, "object": shape.whole_object, "choices": [choice], "usage": usage(event.stats)}
+
+
+async def _events(answer: Answer, shape: _Shape, include_usage: bool, keep_alive: float) -> AsyncIterator[bytes]:
+    """The answer as server-sent events. An error in the middle is an event of its own, then the stream ends."""
+    head = {**shape.head, "object": shape.stream_object}
+    if include_usage:
+        head["usage"] = None
+    for choice in shape.opening():
+        yield _event({**head, "choices": [choice]})
+    while True:
+        event = await answer.next(keep_alive)
+        if event is None:
+            yield KEEP_ALIVE
+        elif isinstance(event, TextDelta):
+            if event.text:
+                yield _event({**head, "choices": [shape.piece(event.text)]})
+        else:
+            break
+    if error := _error(event):
+        yield _event(error.body)
+    else:
+        yield _event({**head, "choices": [shape.ending(event.reason)]})
+        if include_usage:
+            yield _event({**head, "choices": [], "usage": usage(event.stats)})
+    yield _DONE
+
+
+def _error(event: Finished) -> ApiError | None:
+    if event.reason == "error":
+        return failed(event.error or "the generation failed")
+    if event.reason == "cancelled":
+        return overloaded("the server is shutting down")
+    return None
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class _EventStream(Response):
+    """Sends events as they come and closes the answer whatever happens. It leaves listening to the answer's own watcher."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, events: AsyncIterator[bytes]) -> None:
+        self.status_code, self.background = 200, None
+        # nginx buffers answers unless told not to
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._answer, self._stream = answer, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for data in self._stream:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._answer.close()
