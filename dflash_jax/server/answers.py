@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,25 +16,39 @@ from dflash_jax.engine.request import Event, Finished, Request
 class Handle(Protocol):
     """A submitted request."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        """Ends the request soon; without effect when it has ended."""
+        ...
 
 
 class Engine(Protocol):
     """What the server needs of dflash_jax.Engine."""
 
     @property
-    def model_id(self) -> str: ...
+    def model_id(self) -> str:
+        """The name under which the model is served."""
+        ...
 
     @property
-    def context_length(self) -> int: ...
+    def context_length(self) -> int:
+        """Tokens in the window, prompt and answer together."""
+        ...
 
-    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Handle: ...
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Handle:
+        """Queues a request; raises RequestError or OverloadedError at once."""
+        ...
 
-    def gauges(self) -> dict[str, float]: ...
+    def gauges(self) -> dict[str, float]:
+        """What the metrics page shows of this moment."""
+        ...
 
-    def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None: ...
+    def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Compiles what serving needs."""
+        ...
 
-    def close(self, drain: bool = False) -> None: ...
+    def close(self, drain: bool = False) -> None:
+        """Finishes the running answers (drain) or cancels them, and waits for that."""
+        ...
 
 
 class Answer:
@@ -43,12 +58,16 @@ class Answer:
     reader is waiting for.
     """
 
-    def __init__(self, handle: asyncio.Future[Any], events: asyncio.Queue[Event | None], watcher: asyncio.Task[None]) -> None:
+    def __init__(
+        self, handle: asyncio.Future[Any], events: asyncio.Queue[Event | None], watcher: asyncio.Task[None]
+    ) -> None:
         self._handle, self._events, self._watcher = handle, events, watcher
         self._finished = False
 
     @staticmethod
-    async def open(engine: Engine, request: Request, receive: Receive, on_finished: Callable[[Finished], None]) -> Answer:
+    async def open(
+        engine: Engine, request: Request, receive: Receive, on_finished: Callable[[Finished], None]
+    ) -> Answer:
         """Submits a request on a worker thread, since rendering and tokenising a long prompt take a while.
 
         `on_finished` is called on the event loop with the last event, even when the client is gone by then.
@@ -63,10 +82,8 @@ class Answer:
                 on_finished(event)
 
         def on_event(event: Event) -> None:
-            try:
+            with contextlib.suppress(RuntimeError):  # of a closed loop: the server is gone and nobody listens
                 loop.call_soon_threadsafe(deliver, event)
-            except RuntimeError:
-                pass  # the loop has been closed: the server is gone and nobody listens
 
         handle = loop.run_in_executor(None, engine.submit, request, on_event)
         answer = Answer(handle, events, asyncio.create_task(_watch(receive, handle, events)))
@@ -93,6 +110,7 @@ class Answer:
         return event
 
     def close(self) -> None:
+        """Cancels the answer unless it has finished; idempotent."""
         self._watcher.cancel()
         if not self._finished:
             self._handle.add_done_callback(_cancel)

@@ -55,7 +55,8 @@ class _Count:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         status = 500
 
         async def note(message: Message) -> None:
@@ -84,7 +85,8 @@ class _Authorise:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._knows(Headers(scope=scope)):
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         message = "a valid API key is needed: send it as `Authorization: Bearer KEY`"
         error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         await error.response()(scope, receive, send)

@@ -20,7 +20,13 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_SESSION_CHARACTERS = 256
 
-_SESSION_HEADERS = ("x-session-id", "x-session-affinity", "session-id", "x-claude-code-session-id", "x-openwebui-chat-id")
+_SESSION_HEADERS = (
+    "x-session-id",
+    "x-session-affinity",
+    "session-id",
+    "x-claude-code-session-id",
+    "x-openwebui-chat-id",
+)
 
 _Body = TypeVar("_Body", bound=BaseModel)
 
@@ -32,6 +38,8 @@ class _Record(BaseModel):
 
 
 class StreamOptions(_Record):
+    """What goes with `stream`."""
+
     include_usage: bool | None = None
 
 
@@ -61,10 +69,11 @@ class GenerationBody(_Record):
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that holds the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self) -> Sampling:
-        """Absent fields take OpenAI's defaults: temperature 1 with no filter, and as many tokens as the window has room for."""
+        """Absent fields take OpenAI's defaults: temperature 1, no filter, as many tokens as the window has room for."""
         return Sampling(
             max_tokens=self.token_limit(),
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -77,6 +86,7 @@ class GenerationBody(_Record):
         )
 
     def token_limit(self) -> int | None:
+        """Tokens to generate at most."""
         return self.max_tokens
 
     def session_hint(self, headers: Headers) -> str | None:
@@ -98,7 +108,13 @@ class GenerationBody(_Record):
                 )
 
     def _neutral_values(self) -> dict[str, tuple[Any, ...]]:
-        return {"n": (1,), "logprobs": (False,), "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,)}
+        return {
+            "n": (1,),
+            "logprobs": (False,),
+            "logit_bias": ({},),
+            "presence_penalty": (0,),
+            "frequency_penalty": (0,),
+        }
 
 
 class ChatBody(GenerationBody):
@@ -111,6 +127,7 @@ class ChatBody(GenerationBody):
     top_logprobs: int | None = None
 
     def token_limit(self) -> int | None:
+        """The newer name wins when a client sends both."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def _neutral_values(self) -> dict[str, tuple[Any, ...]]:
@@ -127,6 +144,7 @@ class CompletionBody(GenerationBody):
 
     @property
     def text(self) -> str:
+        """The one prompt."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
     def _neutral_values(self) -> dict[str, tuple[Any, ...]]:
@@ -134,7 +152,7 @@ class CompletionBody(GenerationBody):
 
 
 async def read_body(request: Request, record: type[_Body]) -> _Body:
-    """The body of a request as a record. Raises ApiError 400, 408 or 413; starlette's ClientDisconnect passes through."""
+    """The body of a request as a record. Raises ApiError 400, 408 or 413, and ClientDisconnect."""
     return parse(await _read(request), record)
 
 

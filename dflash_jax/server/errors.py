@@ -34,6 +34,7 @@ class ApiError(Exception):
         self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
     def response(self) -> Response:
+        """The error as it is sent."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
@@ -49,6 +50,7 @@ def api_error(error: Exception) -> ApiError:
 
 
 def overloaded(message: str, retry_after: int = OverloadedError.retry_after) -> ApiError:
+    """Come again in `retry_after` seconds."""
     headers = {"Retry-After": str(retry_after)}
     return ApiError(503, message, type="server_error", code="overloaded", headers=headers)
 

@@ -7,4 +7,5 @@ from starlette.responses import JSONResponse, Response
 
 
 async def health(request: Request) -> Response:
+    """GET /health."""
     return JSONResponse({"status": "ok", "model": request.app.state.engine.model_id})

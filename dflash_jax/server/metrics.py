@@ -47,10 +47,17 @@ class Metrics:
     def __init__(self, gauges: Callable[[], Mapping[str, float]]) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
-            "dflash_jax_requests", "HTTP requests; status 499 is a client that went away.", ["path", "status"], registry=self._registry
+            "dflash_jax_requests",
+            "HTTP requests; status 499 is a client that went away.",
+            ["path", "status"],
+            registry=self._registry,
         )
-        self._answers = Counter("dflash_jax_answers", "Ended answers by their reason.", ["reason"], registry=self._registry)
-        self._counters = {name: Counter(f"dflash_jax_{name}", text, registry=self._registry) for name, text in _COUNTERS.items()}
+        self._answers = Counter(
+            "dflash_jax_answers", "Ended answers by their reason.", ["reason"], registry=self._registry
+        )
+        self._counters = {
+            name: Counter(f"dflash_jax_{name}", text, registry=self._registry) for name, text in _COUNTERS.items()
+        }
         self._histograms = {
             name: Histogram(f"dflash_jax_{name}", text, buckets=buckets, registry=self._registry)
             for name, (text, buckets) in _HISTOGRAMS.items()
@@ -58,13 +65,18 @@ class Metrics:
         self._registry.register(_Gauges(gauges))
 
     def count_request(self, path: str, status: int) -> None:
+        """Adds one answered (or abandoned) HTTP request."""
         self._requests.labels(path, str(status)).inc()
 
     def observe(self, event: Finished) -> None:
         """Adds the figures of an answer that ended."""
         stats = event.stats
         self._answers.labels(event.reason).inc()
-        self._add(prompt_tokens=stats.prompt_tokens, cached_tokens=stats.cached_tokens, completion_tokens=stats.completion_tokens)
+        self._add(
+            prompt_tokens=stats.prompt_tokens,
+            cached_tokens=stats.cached_tokens,
+            completion_tokens=stats.completion_tokens,
+        )
         if stats.completion_tokens:
             self._histograms["time_to_first_token_seconds"].observe(stats.time_to_first_token)
         self._histograms["answer_seconds"].observe(stats.total_time)
@@ -76,6 +88,7 @@ class Metrics:
             self._histograms["accept_length"].observe(stats.dflash.accept_length)
 
     def page(self) -> bytes:
+        """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _add(self, **amounts: int) -> None:
@@ -95,5 +108,6 @@ class _Gauges(Collector):
 
 
 async def metrics_page(request: Request) -> Response:
+    """GET /metrics."""
     metrics: Metrics = request.app.state.metrics
     return Response(metrics.page(), headers={"Content-Type": CONTENT_TYPE_LATEST})

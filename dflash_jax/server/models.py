@@ -12,10 +12,12 @@ from dflash_jax.server.errors import ApiError
 
 
 async def list_models(request: Request) -> Response:
+    """GET /v1/models."""
     return JSONResponse({"object": "list", "data": [_entry(request)]})
 
 
 async def one_model(request: Request) -> Response:
+    """GET /v1/models/{model}."""
     engine: Engine = request.app.state.engine
     asked = request.path_params["model"]
     if asked != engine.model_id:

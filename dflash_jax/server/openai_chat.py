@@ -24,11 +24,14 @@ _DONE = b"data: [DONE]\n\n"
 
 
 async def chat_completions(request: HttpRequest) -> Response:
+    """POST /v1/chat/completions."""
     body = await read_body(request, ChatBody)
-    return await _answer(request, body, _Chat(request.app.state.engine.model_id), messages=body.messages, tools=body.tools)
+    shape = _Chat(request.app.state.engine.model_id)
+    return await _answer(request, body, shape, messages=body.messages, tools=body.tools)
 
 
 async def completions(request: HttpRequest) -> Response:
+    """POST /v1/completions."""
     body = await read_body(request, CompletionBody)
     return await _answer(request, body, _Text(request.app.state.engine.model_id), prompt=body.text)
 
@@ -156,7 +159,7 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 class _EventStream(Response):
-    """Sends events as they come and closes the answer whatever happens. It leaves listening to the answer's own watcher."""
+    """Sends events as they come and closes the answer whatever happens; the answer's own watcher listens meanwhile."""
 
     media_type = "text/event-stream"
 

@@ -54,7 +54,13 @@ class _Server(uvicorn.Server):
 def _run(engine: Engine, listener: socket.socket, api_key: str | None) -> None:
     app = create_app(engine, api_key=api_key)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", ws="none", server_header=False, timeout_keep_alive=30
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=30,
     )
     asyncio.run(_Server(config).serve(sockets=[listener]))
 

@@ -75,11 +75,15 @@ class FakeEngine:
         time.sleep(self.submit_delay)
         if self.submit_error:
             raise self.submit_error
-        texts = [request.prompt] if request.prompt is not None else [str(m.get("content")) for m in request.messages or ()]
+        texts = (
+            [request.prompt] if request.prompt is not None else [str(m.get("content")) for m in request.messages or ()]
+        )
         tokens = sum(len((text or "").split()) for text in texts)
         room = self.context_length - tokens
         if room < 1:
-            message = f"This model's maximum context length is {self.context_length} tokens, but the prompt has {tokens}"
+            message = (
+                f"This model's maximum context length is {self.context_length} tokens, but the prompt has {tokens}"
+            )
             raise RequestError(message, code="context_length_exceeded", param="messages")
         handle = Handle(request, on_event, tokens, min(room, request.sampling.max_tokens or room))
         with self._change:
@@ -91,7 +95,12 @@ class FakeEngine:
         return handle
 
     def gauges(self) -> dict[str, float]:
-        return {"queue_depth": len(self._waiting), "active_sessions": self._active, "pages_used": 3.0, "pages_total": 10.0}
+        return {
+            "queue_depth": len(self._waiting),
+            "active_sessions": self._active,
+            "pages_used": 3.0,
+            "pages_total": 10.0,
+        }
 
     def close(self, drain: bool = False) -> None:
         with self._change:

@@ -1,0 +1,296 @@
+"""The command line. Everything heavy is imported by the command that needs it, so that --help answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dflash_jax.console import Progress
+    from dflash_jax.engine.request import Finished, Stats
+
+_FILE = click.Path(path_type=Path)
+_INPUT_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_SWITCH = click.Choice(["auto", "on", "off"])
+
+
+class _Commands(click.Group):
+    """Turns what a user got wrong into one line on stderr and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
+                raise
+            if os.environ.get("DFLASH_JAX_DEBUG") or not _is_expected(error):
+                raise
+            click.echo(f"error: {_line(error)}", err=True)
+            ctx.exit(1)
+
+
+def _is_expected(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno != errno.EPIPE  # click itself ends quietly when the reader of a pipe has gone
+    from dflash_jax.engine.request import OverloadedError, RequestError
+
+    if isinstance(error, RequestError | OverloadedError):
+        return True
+    from checkpoints import CheckpointError
+    from dflash_jax.models.config import ConfigError
+
+    return isinstance(error, CheckpointError | ConfigError)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    try:
+        version = importlib.metadata.version("dflash-jax")
+    except importlib.metadata.PackageNotFoundError:
+        version = "(not installed)"
+    click.echo(f"dflash-jax {version}")
+    ctx.exit()
+
+
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_model = click.argument("model", required=False, type=_FILE)
+_drafter = click.option("--drafter", type=_FILE, help="The model that proposes blocks.")
+_scoring_options = _options(
+    click.option(
+        "--scorer", type=_FILE, help="The model that ranks prompt tokens; without it, the target's first layers."
+    ),
+    click.option(
+        "--keep-ratio", type=click.FloatRange(0, 1, min_open=True), help="Share of scored tokens to keep, fixed."
+    ),
+    click.option(
+        "--pflash-scope",
+        type=click.Choice(["agent", "document", "all"]),
+        default="agent",
+        show_default=True,
+        help="What may be pruned: big tool results, files and old turns; all but the last user message; everything.",
+    ),
+    click.option(
+        "--bsa", type=click.Choice(["on", "off"]), default="off", show_default=True, help="Block-sparse scoring."
+    ),
+    click.option(
+        "--context-length", type=click.IntRange(min=1), help="Tokens in the window; the model's own by default."
+    ),
+)
+_engine_options = _options(
+    _drafter,
+    click.option("--dflash", type=_SWITCH, default="auto", show_default=True, help="Draft blocks; auto: when it pays."),
+    click.option(
+        "--pflash", type=_SWITCH, default="auto", show_default=True, help="Prune prompts; auto: when it pays."
+    ),
+    _scoring_options,
+)
+_json_file = click.option("--json", "json_file", type=_FILE, help="Write the figures to this file.")
+_prompts = click.option("--prompts", type=_INPUT_FILE, help='JSON lines: {"messages": [...]} or {"prompt": "..."}.')
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
+def main() -> None:
+    """Serve a big model to an agent, fast.
+
+    MODEL is a converted folder, a Hugging Face folder or a .gguf file; without it, a small default model is prepared.
+    """
+
+
+@main.command()
+@_model
+@_engine_options
+@click.option("--max-sessions", type=click.IntRange(min=1), help="Answers that run at the same time.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option("--api-key", envvar="DFLASH_JAX_API_KEY", help="Key that clients must send [env: DFLASH_JAX_API_KEY].")
+def serve(model: Path | None, host: str, port: int, api_key: str | None, **options: Any) -> None:
+    """Serve MODEL over HTTP to OpenAI's clients."""
+    from dflash_jax.server.serve import serve
+
+    def load(progress: Progress) -> Any:
+        return _load_engine(model, options, progress)
+
+    serve(load, host, port, api_key)
+
+
+@main.command()
+@_model
+@click.option("-p", "--prompt", required=True, help="What to say to the model; @FILE reads a file, - reads stdin.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens to generate; by default what the window holds.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
+@click.option("--raw", is_flag=True, help="Continue the text as it stands, without the chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, token_ids, stats.")
+@_engine_options
+def generate(
+    model: Path | None,
+    prompt: str,
+    max_tokens: int | None,
+    temperature: float,
+    raw: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer one prompt."""
+    text = _read_prompt(prompt)
+    from dflash_jax.console import progress_bar
+    from dflash_jax.engine.request import TextDelta
+
+    with progress_bar() as progress:
+        engine = _load_engine(model, options, progress)
+    texts: list[str] = []
+    ids: list[int] = []
+    try:
+        for event in engine.stream(
+            text if raw else [{"role": "user", "content": text}], max_tokens=max_tokens, temperature=temperature
+        ):
+            if isinstance(event, TextDelta):
+                texts.append(event.text)
+                ids.extend(event.token_ids)
+                if not as_json:
+                    click.echo(event.text, nl=False)
+                continue
+            if not as_json:
+                click.echo()
+            _raise_if_failed(event)
+            if as_json:
+                figures = {"finish_reason": event.reason, **_stats(event.stats)}
+                click.echo(json.dumps({"text": "".join(texts), "token_ids": ids, "stats": figures}, ensure_ascii=False))
+    finally:
+        engine.close()
+
+
+@main.command()
+@click.argument("source", type=_FILE)
+@click.argument("out", type=_FILE)
+@click.option("--weights", type=click.Choice(["f32", "bf16", "w8", "w4"]), default="bf16", show_default=True)
+@click.option(
+    "--group-size", type=click.Choice(["32", "128"]), default="32", show_default=True, help="Inputs per w4 scale."
+)
+@click.option("--role", type=click.Choice(["target", "drafter", "scorer"]), default="target", show_default=True)
+def convert(source: Path, out: Path, weights: str, group_size: str, role: str) -> None:
+    """Convert SOURCE, a Hugging Face folder or a .gguf file, into the folder OUT."""
+    import checkpoints
+    from dflash_jax.console import progress_bar
+
+    with progress_bar() as progress:
+        checkpoints.convert(source, out, weights=weights, group_size=int(group_size), role=role, progress=progress)
+    click.echo(f"{out} is ready")
+
+
+@main.command()
+@click.argument("path", type=_FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what the checkpoint at PATH holds."""
+    import checkpoints
+
+    description = checkpoints.describe(path)
+    if as_json:
+        click.echo(json.dumps(description, ensure_ascii=False, default=str))
+    else:
+        _print_table(description)
+
+
+@main.group()
+def bench() -> None:
+    """Measure on this machine."""
+
+
+@bench.command()
+@_model
+@_prompts
+@_json_file
+@_drafter
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens per answer.")
+def decode(model: Path | None, **options: Any) -> None:
+    """Tokens per second with and without DFlash, and whether the tokens are equal."""
+    from dflash_jax.bench import decode
+
+    decode.run(model, **options)
+
+
+@bench.command()
+@_model
+@_prompts
+@_json_file
+@_scoring_options
+def prefill(model: Path | None, **options: Any) -> None:
+    """Time to the first token with and without PFlash."""
+    from dflash_jax.bench import prefill
+
+    prefill.run(model, **_with_bsa(options))
+
+
+def _load_engine(model: Path | None, options: Mapping[str, Any], progress: Progress) -> Any:
+    import dflash_jax
+
+    return dflash_jax.Engine.load(model, **_with_bsa(options), progress=progress)
+
+
+def _with_bsa(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {**options, "bsa": options["bsa"] == "on"}
+
+
+def _read_prompt(prompt: str) -> str:
+    if prompt == "-":
+        return sys.stdin.read()
+    return Path(prompt[1:]).read_text(encoding="utf-8") if prompt.startswith("@") else prompt
+
+
+def _raise_if_failed(event: Finished) -> None:
+    if event.reason == "error":
+        raise click.ClickException(event.error or "the generation failed")
+
+
+def _stats(stats: Stats) -> dict[str, Any]:
+    figures = {**dataclasses.asdict(stats), "decode_tokens_per_second": stats.decode_tokens_per_second}
+    if stats.dflash:
+        figures["dflash"]["accept_length"] = stats.dflash.accept_length
+    return figures
+
+
+def _print_table(description: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in _rows(description):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _rows(description: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for name, value in description.items():
+        if isinstance(value, Mapping):
+            rows += _rows(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", str(value)))
+    return rows
