@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dflash_jax.cache.pages import OutOfPagesError, PageAllocator
+from dflash_jax.cache.sessions import Session, SessionStore
+
+PAGE = 4
+
+
+class Device:
+    """What the pages of a pool hold, as the store and its users see them."""
+
+    def __init__(self, num_pages: int = 12) -> None:
+        self.rows = np.full((num_pages, PAGE), -1)
+        self.store = SessionStore(num_pages=num_pages, page_size=PAGE, new_controller=object, copy_page=self.copy)  # type: ignore[arg-type]
+
+    def copy(self, source: int, destination: int) -> None:
+        self.rows[destination] = self.rows[source]
+
+    def turn(self, ids: list[int], name: str | None = None, drop: frozenset[int] = frozenset(), answer: int = 0) -> tuple[Session, int]:
+        """One request: tokens in `drop` are pruned; KV of a token is the token itself; `answer` tokens are generated."""
+        prompt = np.asarray(ids, np.int32)
+        session, known = self.store.begin(prompt, name)
+        kept = np.asarray([token not in drop for token in ids[known:]], np.bool_)
+        session.ids, session.kept = prompt, np.concatenate([session.kept, kept])
+        session.prompt_length = len(ids)
+        self.write(session, answer)
+        return session, known
+
+    def write(self, session: Session, answer: int = 0) -> None:
+        session.ids = np.concatenate([session.ids, 1000 + np.arange(answer, dtype=np.int32)])
+        session.kept = np.concatenate([session.kept, np.ones(answer, np.bool_)])
+        tokens = session.ids[session.kept]
+        self.store.grow(session, len(tokens))
+        for index in range(session.length, len(tokens)):
+            self.rows[session.pages[index // PAGE], index % PAGE] = tokens[index]
+        session.length = len(tokens)
+
+    def held(self, session: Session) -> list[int]:
+        return [int(self.rows[session.pages[i // PAGE], i % PAGE]) for i in range(session.length)]
+
+
+def test_a_conversation_that_goes_on_keeps_its_session_and_its_kv() -> None:
+    device = Device()
+    first, known = device.turn(list(range(10)), answer=3)
+    assert known == 0
+    device.store.end(first)
+    second, known = device.turn([*first.ids.tolist(), 50, 51])
+    assert second is first
+    assert known == 13
+    assert device.held(second) == [*range(10), 1000, 1001, 1002, 50, 51]
+
+
+def test_decisions_about_old_tokens_are_frozen() -> None:
+    device = Device()
+    session, _ = device.turn(list(range(10)), drop=frozenset({3, 4}))
+    device.store.end(session)
+    again, known = device.turn([*range(10), 20, 21])
+    assert (again, known) == (session, 10)
+    assert device.held(again) == [0, 1, 2, 5, 6, 7, 8, 9, 20, 21]
+
+
+def test_the_last_token_is_always_undecided() -> None:
+    device = Device()
+    session, _ = device.turn(list(range(8)))
+    device.store.end(session)
+    again, known = device.turn(list(range(8)))
+    assert known == 7
+    assert again.length == 8
+
+
+def test_a_prompt_with_the_same_beginning_forks_and_disturbs_nobody() -> None:
+    device = Device()
+    first, _ = device.turn(list(range(10)))
+    device.store.end(first)
+    second, known = device.turn([*range(6), 90, 91, 92])
+    assert second is not first
+    assert known == 6
+    assert first.pages[0] == second.pages[0]  # a full page is shared
+    assert device.held(first) == list(range(10))
+    assert device.held(second) == [*range(6), 90, 91, 92]
+
+
+def test_a_running_session_is_forked_not_taken() -> None:
+    device = Device()
+    running, _ = device.turn(list(range(6)))
+    other, known = device.turn([*range(6), 7])
+    assert other is not running
+    assert known == 6
+    device.write(running, answer=4)
+    assert device.held(other) == [*range(6), 7]
+
+
+def test_the_name_decides_before_the_longest_prefix() -> None:
+    device = Device()
+    mine, _ = device.turn(list(range(4)), name="mine")
+    device.store.end(mine)
+    theirs, _ = device.turn([*range(4), 8, 9], name="theirs")
+    device.store.end(theirs)
+    again, _ = device.turn([*range(4), 8, 9, 10], name="mine")
+    assert again is mine
+
+
+def test_idle_sessions_make_room_oldest_first_and_running_ones_stay() -> None:
+    device = Device(num_pages=7)
+    old, _ = device.turn([1] * 8)
+    device.store.end(old)
+    running, _ = device.turn([2] * 8)
+    new, _ = device.turn([3] * 12)
+    assert len(device.store) == 2
+    assert device.held(running) == [2] * 8
+    assert device.held(new) == [3] * 12
+    with pytest.raises(OutOfPagesError):
+        device.store.borrow(9)
+    assert device.store.pages.free == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 14), st.integers(0, 5)), max_size=12))
+def test_any_course_of_conversations_keeps_every_kv_right(turns: list[tuple[int, int, int]]) -> None:
+    device = Device(num_pages=40)
+    live: list[Session] = []
+    for family, length, answer in turns:
+        session, _ = device.turn([family, *range(100, 99 + length)], answer=answer)
+        live = [*[s for s in live if s is not session], session]
+        device.store.end(session)
+        for other in live:
+            if other.pages:
+                assert device.held(other) == other.ids[other.kept][: other.length].tolist()
+    for session in live:
+        if session.pages:
+            device.store.forget(session)
+    assert device.store.pages.used == 0
+
+
+def test_allocator_counts_readers() -> None:
+    pages = PageAllocator(3)
+    page = pages.take()
+    pages.share([page])
+    assert pages.is_shared(page)
+    pages.release([page])
+    assert pages.used == 1
+    pages.release([page])
+    assert pages.used == 0
+    assert {pages.take(), pages.take()} == {1, 2}
+    with pytest.raises(OutOfPagesError, match="all 2 pages"):
+        pages.take()

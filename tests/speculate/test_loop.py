@@ -1,0 +1,223 @@
+"""Greedy and sampled answers are the same tokens with any drafter and with none."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dflash_jax.models.decoder import Decoder, Place, empty_pools
+from dflash_jax.models.drafter import empty_drafter_pools
+from dflash_jax.speculate.loop import Visit, decode, prefill
+from dflash_jax.speculate.sampling import SamplingParameters
+from dflash_jax.speculate.step import Networks, Pools, Slots
+from tests.tiny import DRAFTER, F32, PAGE_SIZE, TARGET, VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
+
+PROMPT = np.random.default_rng(3).integers(0, VOCABULARY, 21, dtype=np.int32)
+PAGES = 8
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01}
+
+
+@pytest.fixture(scope="module")
+def target() -> Decoder:
+    return tiny_target()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), static_argnames="rows", donate_argnums=(4,))
+def _visit(
+    target_graph: Any,
+    target_state: Any,
+    drafter_graph: Any,
+    drafter_state: Any,
+    pools: Pools,
+    slots: Slots,
+    parameters: SamplingParameters,
+    max_steps: jax.Array,
+    *,
+    rows: int,
+) -> tuple[Visit, Pools, Slots]:
+    """A visit, compiled once per kind of drafter and number of rows."""
+    drafter = nnx.merge(drafter_graph, drafter_state)
+    networks = Networks(nnx.merge(target_graph, target_state), drafter)
+    return decode(
+        networks,
+        pools,
+        slots,
+        parameters,
+        max_steps,
+        draft=drafter is not None,
+        rows=rows,
+        capacity=3 * rows,
+        page_size=PAGE_SIZE,
+    )
+
+
+def answer(
+    target: Decoder,
+    drafter: object | None,
+    tokens: int,
+    *,
+    rows: int = 16,
+    options: dict[str, float] = GREEDY,
+    stop_ids: tuple[int, ...] = (),
+    max_steps: int = 3,
+    first_position: int | None = None,
+) -> tuple[list[int], int]:
+    """Token ids and steps of an answer; the host looks every `max_steps` steps."""
+    networks = Networks(target, drafter)  # type: ignore[arg-type]
+    sizes = {"num_pages": PAGES + 1, "page_size": PAGE_SIZE, "dtype": F32}
+    pools = Pools(empty_pools(TARGET, **sizes), empty_drafter_pools(DRAFTER, **sizes) if drafter else ())
+    table = jnp.arange(1, PAGES + 1, dtype=jnp.int32)[None]
+    positions = np.arange(len(PROMPT) - 1, dtype=np.int32)
+    pools = prefill(networks, pools, PROMPT[None, :-1], positions[None], table, np.zeros(1, np.int32), page_size=PAGE_SIZE)
+
+    def one(value: int) -> jax.Array:
+        return jnp.asarray([value], jnp.int32)
+
+    length = len(PROMPT) - 1
+    slots = Slots(
+        page_table=table,
+        length=one(length),
+        position=one(length if first_position is None else first_position),
+        anchor=one(int(PROMPT[-1])),
+        number=one(0),
+        limit=one(tokens),
+        stop_ids=jnp.asarray([[*stop_ids, -1]], jnp.int32),
+        live=jnp.asarray([True]),
+    )
+    parameters = SamplingParameters(
+        temperature=jnp.asarray([options["temperature"]], jnp.float32),
+        top_k=jnp.asarray([options["top_k"]], jnp.int32),
+        top_p=jnp.asarray([options["top_p"]], jnp.float32),
+        min_p=jnp.asarray([options["min_p"]], jnp.float32),
+        seed=jnp.asarray([[0, 11]], jnp.uint32),
+    )
+    ids: list[int] = []
+    steps = 0
+    while bool(slots.live[0]):
+        visit, pools, slots = _visit(
+            *nnx.split(target), *nnx.split(drafter), pools, slots, parameters, np.int32(max_steps), rows=rows
+        )
+        ids += np.asarray(visit.tokens)[0, : int(visit.count[0])].tolist()
+        steps += int(visit.steps)
+    assert int(slots.length[0]) == length + len(ids)
+    assert int(slots.anchor[0]) == ids[-1]
+    return ids, steps
+
+
+def script_of(ids: list[int]) -> list[int]:
+    """What an oracle must know: the token at every position."""
+    return PROMPT.tolist() + ids
+
+
+def teacher(target: Decoder, ids: list[int]) -> np.ndarray:
+    """The target's logits for a whole sequence in one pass, the plainest way to run it."""
+    tokens = np.concatenate([PROMPT, np.asarray(ids, np.int32)])
+    pools = empty_pools(TARGET, num_pages=PAGES + 1, page_size=PAGE_SIZE, dtype=F32)
+    table = jnp.arange(1, PAGES + 1, dtype=jnp.int32)[None]
+    place = Place(table, jnp.zeros(1, jnp.int32), jnp.arange(len(tokens), dtype=jnp.int32)[None], PAGE_SIZE)
+    return np.asarray(target.logits(target(tokens[None], pools, place).hidden)[0])
+
+
+def test_plain_greedy_is_the_argmax_of_one_whole_pass(target: Decoder) -> None:
+    ids, steps = answer(target, None, 40, rows=1)
+    logits = teacher(target, ids)
+    assert ids == logits[len(PROMPT) - 1 : -1].argmax(axis=-1).tolist()
+    assert steps == 40
+    assert len(set(ids)) > 8  # an answer that repeats one token would prove little
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["random", "oracle", "hostile", "half right"])
+def test_same_tokens_with_any_drafter(target: Decoder, kind: str, options: dict[str, float]) -> None:
+    plain, _ = answer(target, None, 50, rows=1, options=options)
+    script = script_of(plain)
+    drafter = {
+        "random": lambda: tiny_drafter(),
+        "oracle": lambda: ScriptedDrafter(target, script),
+        "hostile": lambda: ScriptedDrafter(target, [(token + 1) % VOCABULARY for token in script]),
+        "half right": lambda: ScriptedDrafter(target, [t if p % 5 else 0 for p, t in enumerate(script)]),
+    }[kind]()
+    ids, steps = answer(target, drafter, 50, options=options)
+    assert ids == plain
+    if kind == "oracle":
+        assert steps == 4  # 16 + 16 + 16 + 2
+    if kind == "hostile":
+        assert steps == 50
+
+
+@pytest.mark.parametrize("rows", [2, 5, 16])
+def test_plain_steps_give_the_same_tokens_with_any_number_of_rows(target: Decoder, rows: int) -> None:
+    assert answer(target, None, 30, rows=rows)[0] == answer(target, None, 30, rows=1)[0]
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_short_verify(target: Decoder, rows: int) -> None:
+    plain, _ = answer(target, None, 33, rows=1)
+    ids, steps = answer(target, ScriptedDrafter(target, script_of(plain)), 33, rows=rows)
+    assert ids == plain
+    assert steps == -(-33 // rows)
+
+
+def test_stop_token_ends_the_answer_in_the_middle_of_a_block(target: Decoder) -> None:
+    plain, _ = answer(target, None, 30, rows=1)
+    stop = next(token for index, token in enumerate(plain) if index > 5 and token not in plain[:index])
+    expected = plain[: plain.index(stop) + 1]
+    assert answer(target, None, 30, rows=1, stop_ids=(stop,))[0] == expected
+    assert answer(target, ScriptedDrafter(target, script_of(plain)), 30, stop_ids=(stop,))[0] == expected
+
+
+def test_limit_cuts_a_block(target: Decoder) -> None:
+    plain, _ = answer(target, None, 30, rows=1)
+    for limit in (1, 15, 17):
+        assert answer(target, ScriptedDrafter(target, script_of(plain)), limit)[0] == plain[:limit]
+
+
+def test_a_gap_before_the_answer_moves_positions_but_not_pages(target: Decoder) -> None:
+    """With original positions a pruned prompt's answer stands far to the right of where its KV is."""
+    plain, _ = answer(target, None, 20, rows=1, first_position=90)
+    near, _ = answer(target, None, 20, rows=1)
+    assert plain != near
+    assert answer(target, tiny_drafter(), 20, first_position=90)[0] == plain
+
+
+def test_slots_do_not_disturb_each_other(target: Decoder) -> None:
+    """Two sequences in one step get the tokens that each gets alone."""
+    alone, _ = answer(target, None, 12, rows=4)
+    networks = Networks(target, None)
+    pools = Pools(empty_pools(TARGET, num_pages=2 * PAGES + 1, page_size=PAGE_SIZE, dtype=F32), ())
+    table = jnp.arange(1, 2 * PAGES + 1, dtype=jnp.int32).reshape(2, PAGES)
+    prompts = np.stack([PROMPT, PROMPT[::-1]])
+    positions = np.tile(np.arange(len(PROMPT) - 1, dtype=np.int32), (2, 1))
+    pools = prefill(networks, pools, prompts[:, :-1], positions, table, np.zeros(2, np.int32), page_size=PAGE_SIZE)
+
+    def both(*values: int) -> jax.Array:
+        return jnp.asarray(values, jnp.int32)
+
+    length = len(PROMPT) - 1
+    slots = Slots(
+        table,
+        both(length, length),
+        both(length, length),
+        jnp.asarray(prompts[:, -1], jnp.int32),
+        both(0, 0),
+        both(12, 5),
+        jnp.full((2, 1), -1, jnp.int32),
+        jnp.asarray([True, True]),
+    )
+    parameters = SamplingParameters(
+        jnp.zeros(2, jnp.float32), both(0, 0), jnp.ones(2, jnp.float32), jnp.zeros(2, jnp.float32), jnp.zeros((2, 2), jnp.uint32)
+    )
+    visit, _, slots = decode(
+        networks, pools, slots, parameters, jnp.int32(64), draft=False, rows=4, capacity=64, page_size=PAGE_SIZE
+    )
+    assert np.asarray(visit.count).tolist() == [12, 5]
+    assert np.asarray(visit.tokens)[0, :12].tolist() == alone
+    assert dataclasses.asdict(slots)["live"].tolist() == [False, False]
