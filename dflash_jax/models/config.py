@@ -1,7 +1,8 @@
 """The normalised record that describes every target family to one decoder.
 
 A family differs from another only in data: per-layer numbers (`LayerConfig`) and a few switches of the whole model
-(`ModelConfig`). `from_hf` reads the `config.json` spellings that are found in practice and refuses what it does not know.
+(`ModelConfig`). `from_hf` reads the `config.json` spellings that are found in practice and refuses what it does not
+know.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ class ModelConfig:
             stop_ids = tuple(fields.pop("stop_ids"))
             return cls(layers=layers, stop_ids=stop_ids, **fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"config.json is not a dflash-jax model record: {error}; convert the model again") from error
+            raise ConfigError(
+                f"config.json is not a dflash-jax model record: {error}; convert the model again"
+            ) from error
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -132,13 +135,13 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """
     family = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}.get(str(config.get("model_type")))
     if family is None:
-        raise ConfigError(f"model family {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}")
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        num_layers, width = int(config["num_hidden_layers"]), int(config["intermediate_size"])
-        vocab_size = int(config["vocab_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"config.json of family {family}: field {error} is missing or not a number") from error
+        raise ConfigError(
+            f"model family {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    where = f"config.json of family {family}"
+    hidden, heads = _count(config, "hidden_size", where), _count(config, "num_attention_heads", where)
+    num_layers, width = _count(config, "num_hidden_layers", where), _count(config, "intermediate_size", where)
+    vocab_size = _count(config, "vocab_size", where)
     head_dim = int(config.get("head_dim") or hidden // heads)
     layer = LayerConfig(
         head_dim=head_dim,
@@ -172,6 +175,14 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _count(fields: Mapping[str, Any], name: str, where: str, least: int = 1) -> int:
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        given = "missing" if value is None else repr(value)
+        raise ConfigError(f"{where}: {name} is {given}, expected a whole number of at least {least}")
+    return value
+
+
 def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
@@ -180,21 +191,27 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
     """Both spellings: flat `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5."""
-    parameters = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta")}
+    parameters = config.get("rope_parameters") or {
+        **(config.get("rope_scaling") or {}),
+        "rope_theta": config.get("rope_theta"),
+    }
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "linear":
-        return RopeConfig(theta=theta, linear_factor=float(parameters["factor"]))
-    if kind == "llama3":
-        return RopeConfig(
-            theta=theta,
-            llama3_factor=float(parameters["factor"]),
-            llama3_low_freq_factor=float(parameters["low_freq_factor"]),
-            llama3_high_freq_factor=float(parameters["high_freq_factor"]),
-            llama3_original_context=int(parameters["original_max_position_embeddings"]),
-        )
+    try:
+        if kind == "default":
+            return RopeConfig(theta=theta)
+        if kind == "linear":
+            return RopeConfig(theta=theta, linear_factor=float(parameters["factor"]))
+        if kind == "llama3":
+            return RopeConfig(
+                theta=theta,
+                llama3_factor=float(parameters["factor"]),
+                llama3_low_freq_factor=float(parameters["low_freq_factor"]),
+                llama3_high_freq_factor=float(parameters["high_freq_factor"]),
+                llama3_original_context=int(parameters["original_max_position_embeddings"]),
+            )
+    except KeyError as error:
+        raise ConfigError(f"rope type {kind} needs the field {error}, which config.json does not have") from error
     raise ConfigError(f"rope type {kind!r} is not supported; supported: default, linear, llama3")
 
 
@@ -202,8 +219,8 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
 class DrafterConfig:
     """A DFlash drafter: a Qwen3-shaped decoder over a block of rows that reads the target's features.
 
-    It owns no embedding and no lm_head: both are the target's. `windows` has one entry per layer (None is full attention);
-    `causal` says per layer whether the rows of a block see only rows before them.
+    It owns no embedding and no lm_head: both are the target's. `windows` has one entry per layer (None is full
+    attention); `causal` says per layer whether the rows of a block see only rows before them.
     """
 
     hidden_size: int
@@ -258,16 +275,18 @@ def drafter_from_hf(config: Mapping[str, Any]) -> DrafterConfig:
     Raises ConfigError when a field is missing or names a variant that is not supported.
     """
     options = dict(config.get("dflash_config") or {})
-    unsupported = [name for name in ("projector_type", "conv_kernel_size", "selector_rank", "attention_sink_bias") if options.get(name)]
+    unsupported = [
+        name
+        for name in ("projector_type", "conv_kernel_size", "selector_rank", "attention_sink_bias")
+        if options.get(name)
+    ]
     if unsupported:
         raise ConfigError(f"drafter variant with {', '.join(unsupported)} is not supported; supported: DFlash 1")
-    try:
-        hidden, heads, count = (int(config[name]) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-        num_target_layers = int(config["num_target_layers"])
-        mask_id = int(options["mask_token_id"])
-        width, vocab_size = int(config["intermediate_size"]), int(config["vocab_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"drafter config.json: field {error} is missing or not a number") from error
+    where = "config.json of a drafter"
+    hidden, heads = _count(config, "hidden_size", where), _count(config, "num_attention_heads", where)
+    count, num_target_layers = _count(config, "num_hidden_layers", where), _count(config, "num_target_layers", where)
+    width, vocab_size = _count(config, "intermediate_size", where), _count(config, "vocab_size", where)
+    mask_id = _count(options, "mask_token_id", f"dflash_config in {where}", least=0)
     kinds = list(config.get("layer_types") or ["full_attention"] * count)
     window = config.get("sliding_window") or options.get("swa_window_size")
     sliding = [kind == "sliding_attention" for kind in kinds]

@@ -1,7 +1,8 @@
 """One decoder for every target family: embedding, layers, head. What differs between families is data in `ModelConfig`.
 
-All passes (prefill chunk, decode step, verify, scoring) are one function, `Decoder.__call__`: rows of one or more slots enter
-at given token indices, their K and V are written to the pools, and they attend to what the pools hold up to themselves.
+All passes (prefill chunk, decode step, verify, scoring) are one function, `Decoder.__call__`: rows of one or more slots
+enter at given token indices, their K and V are written to the pools, and they attend to what the pools hold up to
+themselves.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class Place:
 class Pass:
     """What a pass through the decoder leaves behind.
 
-    `hidden` is the residual stream after the last layer that ran, before the final norm. `features` are the residual streams
-    after the captured layers, concatenated. `queries` has each layer's rotated queries when they were asked for.
+    `hidden` is the residual stream after the last layer that ran, before the final norm. `features` are the residual
+    streams after the captured layers, concatenated. `queries` has each layer's rotated queries when they were asked
+    for.
     """
 
     hidden: Float[Array, "slots rows dim"]

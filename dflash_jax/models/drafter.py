@@ -1,8 +1,8 @@
 """The DFlash drafter: proposes a block of tokens in one pass, reading the target's features.
 
-Every row of a block attends to the *context* (K and V made from the target's features of committed tokens) and to the block's
-own rows. Context K and V depend on one token's features only, so they are computed once and live in pools that share the
-target's page tables. Source: DFlash (z-lab), model.py; equations in docs/architecture.md.
+Every row of a block attends to the *context* (K and V made from the target's features of committed tokens) and to the
+block's own rows. Context K and V depend on one token's features only, so they are computed once and live in pools that
+share the target's page tables. Source: DFlash (z-lab), model.py; equations in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -84,10 +84,7 @@ class Drafter(nnx.Module):
         self.feature_projection = Linear(parameters["feature_projection"])
         self.feature_norm = RMSNorm(dense(parameters["feature_norm"]), eps=config.norm_eps)
         self.layers = nnx.List(
-            [
-                DrafterLayer(below(parameters, f"layers.{index}."), config, index)
-                for index in range(config.num_layers)
-            ]
+            [DrafterLayer(below(parameters, f"layers.{index}."), config, index) for index in range(config.num_layers)]
         )
         self.final_norm = RMSNorm(dense(parameters["final_norm"]), eps=config.norm_eps)
 
@@ -110,8 +107,8 @@ class Drafter(nnx.Module):
     ) -> tuple[Float[Array, "slots rows dim"], tuple[KvPool, ...]]:
         """Hidden states of a block, after the drafter's own final norm: ready for the target's head.
 
-        `embeddings` are the target's, of the anchor and of mask tokens. The block's K and V are left in the pools at the rows
-        that `read` will overwrite.
+        `embeddings` are the target's, of the anchor and of mask tokens. The block's K and V are left in the pools at
+        the rows that `read` will overwrite.
         """
         rope = rope_tables(self.config.rope, self.config.head_dim, place.positions)
         x, new_pools = embeddings, []

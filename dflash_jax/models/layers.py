@@ -1,4 +1,4 @@
-"""The pieces that target and drafter share: linear maps in any weights format, RMSNorm, RoPE, gated MLP, KV pool writes."""
+"""What target and drafter share: linear maps in any weights format, RMSNorm, RoPE, gated MLP, KV pool writes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Linear(nnx.Module):
 
 
 def _mean_square(x: Float[Array, "... dim"]) -> Float[Array, "... 1"]:
-    """Row means whose bits do not depend on how many rows there are: XLA sums fewer than 8 rows in another order (CPU)."""
+    """Row means whose bits do not depend on the number of rows: XLA sums fewer than 8 rows in another order (CPU)."""
     rows = x.reshape(-1, x.shape[-1])
     padded = jnp.pad(rows, ((0, max(0, 8 - len(rows))), (0, 0)))
     return jnp.mean(jnp.square(padded), axis=-1)[: len(rows)].reshape(*x.shape[:-1], 1)
@@ -106,7 +106,10 @@ def write_rows(
     starts: Int[Array, " slots"],
     page_size: int,
 ) -> KvPool:
-    """Puts the rows at token indices `starts..` of each slot. Rows past a slot's last page land in page 0, which nobody reads."""
+    """Puts the rows at token indices `starts..` of each slot.
+
+    Rows past a slot's last page land in page 0, which nobody reads.
+    """
     slots, rows = keys.shape[:2]
     index = starts[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]  # [slots, rows]
     page_number = index // page_size
@@ -114,7 +117,8 @@ def write_rows(
     page = jnp.take_along_axis(page_table, jnp.where(inside, page_number, 0), axis=1)
     target = jnp.where(inside, page * page_size + index % page_size, index % page_size).reshape(slots * rows)
 
-    # XLA turns a scatter of one row into an update that copies the whole pool (CPU, jax 0.10); the same row twice stays in place.
+    # XLA turns a scatter of one row into an update that copies the whole pool (CPU, jax 0.10); the same row twice stays
+    # in place.
     twice = 2 if slots * rows == 1 else 1
     target = jnp.tile(target, twice)
 

@@ -36,7 +36,10 @@ def target_parameters(config: ModelConfig) -> dict[str, Parameter]:
             "mlp.down": Parameter((hidden, layer.mlp_width), matrix=True),
         }
         if config.attention_bias:
-            names |= {f"attention.{name}_bias": Parameter((width,)) for name, width in (("q", q_width), ("k", kv_width), ("v", kv_width))}
+            names |= {
+                f"attention.{name}_bias": Parameter((width,))
+                for name, width in (("q", q_width), ("k", kv_width), ("v", kv_width))
+            }
         if config.qk_norm:
             names |= {f"attention.{name}_norm": Parameter((layer.head_dim,)) for name in "qk"}
         if config.sandwich_norms:

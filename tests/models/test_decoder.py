@@ -1,0 +1,133 @@
+"""The decoder against transformers, for every way in which the engine calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import checkpoints
+from dflash_jax.models.config import ModelConfig
+from dflash_jax.models.decoder import Decoder, Pass, Place, empty_pools
+
+MODELS = ("llama_tied", "llama_rope_scaled", "llama_window", "qwen3", "qwen3_tied")
+TOLERANCE = 5e-4
+PAGE_SIZE = 8
+# Pages of the two sequences are interleaved and out of order; page 0 belongs to nobody.
+PAGE_TABLE = np.array([[5, 2, 11, 8, 1, 12], [3, 10, 4, 7, 9, 6]], np.int32)
+
+
+@dataclasses.dataclass(eq=False)
+class Target:
+    """A tiny model, what transformers computes with it, and pools full of stale numbers."""
+
+    config: ModelConfig
+    decoder: Decoder
+    expected: dict[str, np.ndarray]
+
+    def pools(self) -> Any:
+        empty = empty_pools(self.config, num_pages=1 + PAGE_TABLE.size, page_size=PAGE_SIZE, dtype=jnp.float32)
+        return jax.tree.map(lambda array: jnp.full_like(array, 7.0), empty)
+
+    def run(
+        self, tokens: np.ndarray, pools: Any, starts: Sequence[int], positions: np.ndarray | None = None, **options: Any
+    ) -> tuple[Pass, np.ndarray]:
+        """One pass over rows `tokens` of both sequences, and the logits of every row."""
+        if positions is None:
+            positions = np.array(starts)[:, None] + np.arange(tokens.shape[1])
+        rows, table, first, at = (jnp.asarray(array, jnp.int32) for array in (tokens, PAGE_TABLE, starts, positions))
+        fields, logits = self._compiled(**options)(nnx.state(self.decoder), rows, pools, table, first, at)
+        return Pass(**fields), np.asarray(logits)
+
+    @functools.cache  # noqa: B019 - one target per model lives as long as the module's tests
+    def _compiled(self, **options: Any) -> Any:
+        graph = nnx.graphdef(self.decoder)
+
+        @jax.jit
+        def compiled(state: Any, rows: Any, pools: Any, table: Any, first: Any, at: Any) -> Any:
+            decoder = nnx.merge(graph, state)
+            result = decoder(rows, pools, Place(table, first, at, PAGE_SIZE), **options)
+            return {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}, decoder.logits(
+                result.hidden
+            )
+
+        return compiled
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def target(request: pytest.FixtureRequest, goldens: Path) -> Target:
+    checkpoint = checkpoints.load(goldens / request.param)
+    decoder = Decoder(checkpoint.config, checkpoint.parameters, dtype=jnp.float32)
+    with np.load(goldens / request.param / "expected.npz") as expected:
+        return Target(checkpoint.config, decoder, dict(expected))
+
+
+def assert_close(actual: Any, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(np.asarray(actual), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_one_pass_gives_the_residual_stream_after_every_layer(target: Target) -> None:
+    layers = tuple(range(target.config.num_layers))
+    result, logits = target.run(target.expected["input_ids"], target.pools(), [0, 0], capture=layers)
+
+    features = np.split(np.asarray(result.features), len(layers), axis=-1)
+    for feature, expected in zip(features[:-1], target.expected["hidden_states"][1:-1], strict=True):
+        assert_close(feature, expected)
+    assert_close(target.decoder.final_norm(result.hidden), target.expected["hidden_states"][-1])
+    assert_close(logits, target.expected["logits"])
+
+
+def test_features_come_in_the_order_asked_for(target: Target) -> None:
+    result, _ = target.run(target.expected["input_ids"], target.pools(), [0, 0], capture=(1, 0))
+    assert_close(result.features, np.concatenate(target.expected["hidden_states"][[2, 1]], axis=-1))
+
+
+def test_chunks_and_single_rows_give_what_one_pass_gives(target: Target) -> None:
+    tokens, pools, rows = target.expected["input_ids"], target.pools(), []
+    ends = np.cumsum([16, 1, 1, 16, 1, 5])
+    assert ends[-1] == tokens.shape[1]
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        result, logits = target.run(tokens[:, start:end], pools, [start, start])
+        pools = result.pools
+        rows.append(logits)
+    assert_close(np.concatenate(rows, axis=1), target.expected["logits"])
+
+
+def test_sequences_stand_at_different_places(target: Target) -> None:
+    tokens = target.expected["input_ids"]
+    result, _ = target.run(tokens[:, :16], target.pools(), [0, 0])
+    _, logits = target.run(np.stack([tokens[0, 16:32], tokens[1, 9:25]]), result.pools, [16, 9])
+    assert_close(logits[0], target.expected["logits"][0, 16:32])
+    assert_close(logits[1], target.expected["logits"][1, 9:25])
+
+
+def test_rejected_rows_need_no_undoing(target: Target) -> None:
+    tokens = target.expected["input_ids"]
+    result, _ = target.run(tokens[:, :16], target.pools(), [0, 0])
+    result, _ = target.run((tokens[:, 16:32] + 1) % target.config.vocab_size, result.pools, [16, 16])
+    _, logits = target.run(tokens[:, 16:32], result.pools, [16, 16])
+    assert_close(logits, target.expected["logits"][:, 16:32])
+
+
+def test_positions_of_a_pruned_prompt_may_jump(target: Target) -> None:
+    _, logits = target.run(
+        target.expected["input_ids"], target.pools(), [0, 0], positions=target.expected["gap_positions"]
+    )
+    assert_close(logits, target.expected["gap_logits"])
+
+
+def test_early_exit_stops_after_the_layers_asked_for(target: Target) -> None:
+    before = target.pools()
+    result, _ = target.run(target.expected["input_ids"], before, [0, 0], num_layers=2, capture_queries=True)
+    assert_close(result.hidden, target.expected["hidden_states"][2])
+    assert len(result.queries) == 2
+    assert np.array_equal(result.pools[2][0], before[2][0])
+    assert not np.array_equal(result.pools[1][0], before[1][0])
