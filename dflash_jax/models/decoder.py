@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.models.config import LayerConfig, ModelConfig
@@ -125,7 +126,7 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """A target or scorer. `parameters` go by the names of `models.parameters.target_parameters`."""
 
-    def __init__(self, config: ModelConfig, parameters: Mapping[str, Weight], *, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, parameters: Mapping[str, Weight], *, dtype: DTypeLike) -> None:
         self.config = config
         self.dtype = dtype
         self.embedding = nnx.Param(parameters["embed"])
@@ -183,7 +184,7 @@ class Decoder(nnx.Module):
         return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def empty_pools(config: ModelConfig, *, num_pages: int, page_size: int, dtype: jnp.dtype) -> tuple[KvPool, ...]:
+def empty_pools(config: ModelConfig, *, num_pages: int, page_size: int, dtype: DTypeLike) -> tuple[KvPool, ...]:
     """Zeroed K and V pools for every layer; page 0 is the one that nobody reads."""
     return tuple(
         (

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.models.config import DrafterConfig
@@ -78,7 +79,7 @@ class DrafterLayer(nnx.Module):
 class Drafter(nnx.Module):
     """The drafter network. `parameters` go by the names of `models.parameters.drafter_parameters`."""
 
-    def __init__(self, config: DrafterConfig, parameters: Mapping[str, Weight], *, dtype: jnp.dtype) -> None:
+    def __init__(self, config: DrafterConfig, parameters: Mapping[str, Weight], *, dtype: DTypeLike) -> None:
         self.config = config
         self.dtype = dtype
         self.feature_projection = Linear(parameters["feature_projection"])
@@ -125,7 +126,7 @@ def block_tokens(anchor: Int[Array, " slots"], config: DrafterConfig) -> Int[Arr
 
 
 def empty_drafter_pools(
-    config: DrafterConfig, *, num_pages: int, page_size: int, dtype: jnp.dtype
+    config: DrafterConfig, *, num_pages: int, page_size: int, dtype: DTypeLike
 ) -> tuple[KvPool, ...]:
     """Zeroed K and V pools of the drafter's layers, paged like the target's."""
     shape = (num_pages * page_size, config.num_kv_heads, config.head_dim)
