@@ -23,6 +23,10 @@ _INPUT_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 _SWITCH = click.Choice(["auto", "on", "off"])
 
 
+class _Failure(Exception):
+    """An answer that the engine could not finish."""
+
+
 class _Commands(click.Group):
     """Turns what a user got wrong into one line on stderr and exit status 1."""
 
@@ -43,7 +47,7 @@ def _is_expected(error: Exception) -> bool:
         return error.errno != errno.EPIPE  # click itself ends quietly when the reader of a pipe has gone
     from dflash_jax.engine.request import OverloadedError, RequestError
 
-    if isinstance(error, RequestError | OverloadedError):
+    if isinstance(error, _Failure | RequestError | OverloadedError):
         return True
     from checkpoints import CheckpointError
     from dflash_jax.models.config import ConfigError
@@ -266,7 +270,7 @@ def _read_prompt(prompt: str) -> str:
 
 def _raise_if_failed(event: Finished) -> None:
     if event.reason == "error":
-        raise click.ClickException(event.error or "the generation failed")
+        raise _Failure(event.error or "the generation failed")
 
 
 def _stats(stats: Stats) -> dict[str, Any]:

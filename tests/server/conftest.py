@@ -49,7 +49,7 @@ def _shared() -> Iterator[Server]:
 
 @pytest.fixture
 def server(_shared: Server) -> Server:
-    """A server that answers at once; the tests of a module share it, its engine forgets the requests of earlier ones."""
+    """A server that answers at once; the tests of a module share it, its engine forgets what came before."""
     _shared.engine.handles.clear()
     return _shared
 

@@ -37,7 +37,9 @@ def test_health(server):
     assert server.http.get("/health").json() == {"status": "ok", "model": "fake/model"}
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/api/v1/models", "/api/tags", "/v1/chat", "/v1/chat/completions/", "/%00"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/api/v1/models", "/api/tags", "/v1/chat", "/v1/chat/completions/", "/%00"]
+)
 def test_an_unknown_path_is_a_404_in_openais_shape(server, path):
     answer = server.http.get(path)
     assert answer.status_code == 404

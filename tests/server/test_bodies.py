@@ -34,7 +34,7 @@ def _error(answer, status=400):
 )
 def test_what_is_not_json_is_refused(server, body):
     assert _error(server.http.post(CHAT, content=body))["code"] == "invalid_json"
-    assert server.http.post(CHAT, content="{%s}" % MESSAGES).status_code == 200
+    assert server.http.post(CHAT, content=f"{{{MESSAGES}}}").status_code == 200
 
 
 @pytest.mark.parametrize("body", ["[]", "null", "3", '"text"', "true"])
@@ -68,7 +68,7 @@ def test_messages_must_be_a_list_of_objects(server, body, param):
         ("top_k", ["-2", "0.5", '"a"']),
         ("min_p", ["-1", "1.1"]),
         ("seed", ["1.5", '"a"', "9" * 4000]),
-        ("stop", ["3", '""', '[""]', '["a", 3]', '["a"' + ', "a"' * 16 + "]", '"%s"' % ("a" * 1001)]),
+        ("stop", ["3", '""', '[""]', '["a", 3]', '["a"' + ', "a"' * 16 + "]", '"' + "a" * 1001 + '"']),
         ("stream", ['"true"', "1"]),
         ("stream_options", ["[]", "true"]),
         ("tools", ["{}", '["a"]', '"a"']),
@@ -79,7 +79,7 @@ def test_messages_must_be_a_list_of_objects(server, body, param):
 )
 def test_a_field_of_the_wrong_type_or_size_is_named(server, field, values):
     for value in values:
-        error = _error(server.http.post(CHAT, content='{%s, "%s": %s}' % (MESSAGES, field, value)))
+        error = _error(server.http.post(CHAT, content=f'{{{MESSAGES}, "{field}": {value}}}'))
         assert error["param"].split("[")[0] == field, value
         assert error["message"].startswith(field)
         assert len(error["message"]) < 300
@@ -100,7 +100,7 @@ def test_a_field_of_the_wrong_type_or_size_is_named(server, field, values):
     ],
 )
 def test_what_cannot_be_done_is_said(server, field, value):
-    error = _error(server.http.post(CHAT, content='{%s, "%s": %s}' % (MESSAGES, field, value)))
+    error = _error(server.http.post(CHAT, content=f'{{{MESSAGES}, "{field}": {value}}}'))
     assert (error["param"], error["code"]) == (field, "unsupported_parameter")
 
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_done_is_said(server, field, value):
     ],
 )
 def test_what_clients_send_besides_is_accepted(server, extra):
-    assert server.http.post(CHAT, content="{%s, %s}" % (MESSAGES, extra)).status_code == 200
+    assert server.http.post(CHAT, content=f"{{{MESSAGES}, {extra}}}").status_code == 200
 
 
 def test_a_byte_order_mark_is_no_reason_to_refuse(server):
@@ -134,7 +134,7 @@ def test_a_body_that_is_too_large_is_refused_by_its_declared_or_its_real_size(se
 
 @pytest.mark.parametrize("prompt", ["[]", "[1, 2]", "3", "null", '["a", "b"]', "{}"])
 def test_a_text_completion_takes_one_text(server, prompt):
-    error = _error(server.http.post("/v1/completions", content='{"prompt": %s}' % prompt))
+    error = _error(server.http.post("/v1/completions", content=f'{{"prompt": {prompt}}}'))
     assert error["param"].split("[")[0] == "prompt"
 
 
