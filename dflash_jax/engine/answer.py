@@ -77,6 +77,7 @@ class Answer:
         self._generated: list[int] = []
         self._steps, self._drafted_steps, self._drafted_tokens = 0, 0, 0
         self._cached = 0
+        self._prefilled: float | None = None
         self._first_token: float | None = None
         self._pflash: PflashStats | None = None
         self._compressed = False
@@ -102,6 +103,7 @@ class Answer:
             session.prompt_length = len(job.prompt)
             self._compressed = not session.kept.all()
             yield from self._prefill(session)
+            self._prefilled = time.perf_counter()
             yield from self._decode(session)
             self._observe(session)
         finally:
@@ -264,6 +266,7 @@ class Answer:
             completion_tokens=len(self._generated),
             time_to_first_token=first - self.job.submitted,
             total_time=now - self.job.submitted,
+            decode_time=now - self._prefilled if self._prefilled is not None else 0.0,
             pflash=self._pflash,
             dflash=dflash,
         )

@@ -8,12 +8,10 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import numpy as np
 
-import checkpoints
 from dflash_jax.cache.sessions import SessionStore
 from dflash_jax.compress.prune import Gate, Mode, Positions
 from dflash_jax.compress.score import QUESTION_ROWS, early_exit, full_depth
@@ -21,8 +19,8 @@ from dflash_jax.compress.spans import Prompt
 from dflash_jax.control.rules import Rule, initial
 from dflash_jax.engine.answer import Job, Shared
 from dflash_jax.engine.chat import build_prompt, text_prompt
-from dflash_jax.engine.compilation import compilations, enable_persistent_cache
-from dflash_jax.engine.profile import Profile, profile_for_device
+from dflash_jax.engine.compilation import compilations
+from dflash_jax.engine.loading import Model, Progress, load_model
 from dflash_jax.engine.programs import Programs
 from dflash_jax.engine.request import (
     Event,
@@ -35,15 +33,9 @@ from dflash_jax.engine.request import (
     TextDelta,
 )
 from dflash_jax.engine.runner import Runner
-from dflash_jax.engine.template import ChatTemplate
-from dflash_jax.engine.tokenizer import Tokenizer
-from dflash_jax.models.config import DrafterConfig, ModelConfig
+from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.decoder import Decoder
-from dflash_jax.models.drafter import Drafter
 from dflash_jax.speculate.pace import StepTimes
-
-LoadProgress = Callable[[str, int, int], None]
-"""Called with a label, how much is done, and how much there is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +55,8 @@ class Engine:
 
     def __init__(
         self,
-        target: Decoder,
+        model: Model,
         *,
-        tokenizer: Tokenizer | None = None,
-        template: ChatTemplate | None = None,
-        drafter: Drafter | None = None,
-        scorer: Decoder | None = None,
-        model_id: str = "model",
         dflash: Mode = "auto",
         pflash: Mode = "auto",
         keep_ratio: float | None = None,
@@ -78,22 +65,22 @@ class Engine:
         rule: Rule = "relative",
         context_length: int | None = None,
         max_sessions: int | None = None,
-        profile: Profile | None = None,
     ) -> None:
-        profile = profile or profile_for_device()
-        max_sessions = max_sessions or profile.max_sessions
-        self.model_id = model_id
-        self.context_length = _context_length(context_length, target.config)
-        self._tokenizer, self._template = tokenizer, template or ChatTemplate(None)
-        self._pflash = pflash
         if keep_ratio is not None and not 0 < keep_ratio <= 1:
-            raise ValueError(f"keep ratio {keep_ratio} is not in (0, 1]")
+            raise ValueError(f"keep ratio {keep_ratio} is not in (0, 1]: give the fraction of prompt tokens to keep")
+        target, scorer, profile = model.target, model.scorer, model.profile
+        max_sessions = max_sessions or profile.max_sessions
+        self.model_id = model.model_id
+        self.context_length = _context_length(context_length, target.config)
+        self._tokenizer, self._template = model.tokenizer, model.template
+        self._scores = pflash != "off"
         depth = early_exit(target.config) if scorer is None else full_depth(scorer.config)
         pages_per_sequence = -(-(self.context_length + QUESTION_ROWS + profile.block_rows) // profile.page_size)
-        num_pages = 1 + (max_sessions + (pflash != "off")) * pages_per_sequence
+        # Every running answer can grow to the whole window, and one prompt can be scored beside them.
+        num_pages = 1 + (max_sessions + self._scores) * pages_per_sequence
         programs = Programs(
             target,
-            drafter if dflash != "off" else None,
+            model.drafter if dflash != "off" else None,
             scorer,
             depth,
             profile=profile,
@@ -106,11 +93,11 @@ class Engine:
             new_controller=lambda: initial(rule, keep_ratio),
             copy_page=programs.copy_page,
         )
-        cost = depth.num_layers / target.config.num_layers if scorer is None else _work(scorer) / _work(target)
+        cost = depth.num_layers / target.config.num_layers if scorer is None else _bytes(scorer) / _bytes(target)
         self._shared = Shared(
             programs=programs,
             store=store,
-            tokenizer=tokenizer,
+            tokenizer=model.tokenizer,
             stop_ids=target.config.stop_ids,
             gate=Gate(pflash, cost),
             scope=pflash_scope,
@@ -131,35 +118,20 @@ class Engine:
         drafter: str | Path | None = None,
         scorer: str | Path | None = None,
         bsa: bool = False,
-        progress: LoadProgress | None = None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> Engine:
-        """An engine for the model at `path` (a converted folder, a Hugging Face folder or a GGUF), or for the default model.
+        """An engine for the model at `path`, or for the default model; `options` are those of the constructor.
 
-        `options` are those of the constructor. Raises CheckpointError or ConfigError with a line that says what to do.
+        `bsa` asks for block-sparse attention in the scorer, which is dense as long as there is no kernel for it. Raises
+        CheckpointError, ConfigError or TokenizerError with a line that says what to do.
         """
-        del bsa  # block-sparse attention in the scorer changes nothing until there is a kernel for it
-        enable_persistent_cache()
-        source = checkpoints.default_model(progress) if path is None else Path(path)
-        profile = options.pop("profile", None) or profile_for_device()
-        loaded = checkpoints.load(source)
-        if not isinstance(loaded.config, ModelConfig):
-            raise checkpoints.CheckpointError(f"{source} holds a drafter: pass it with --drafter")
-        tokenizer = Tokenizer.load(loaded.tokenizer_json) if loaded.tokenizer_json else None
-        return Engine(
-            Decoder(loaded.config, loaded.parameters, dtype=profile.dtype),
-            tokenizer=tokenizer,
-            template=_template(loaded.chat_template, tokenizer, loaded.config),
-            drafter=_load_drafter(drafter, loaded.config, profile) if drafter is not None else None,
-            scorer=_load_scorer(scorer, loaded.config, profile) if scorer is not None else None,
-            model_id=source.name.removesuffix(".gguf"),
-            profile=profile,
-            **options,
-        )
+        del bsa
+        return Engine(load_model(path, drafter=drafter, scorer=scorer, progress=progress), **options)
 
-    def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+    def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles (or fetches from the cache) every program and measures the steps; requests then never wait for that."""
-        steps = self._shared.programs.warm_up_steps(with_scoring=self._pflash != "off")
+        steps = self._shared.programs.warm_up_steps(with_scoring=self._scores)
         for index, (label, action) in enumerate(steps):
             if progress:
                 progress(label, index, len(steps))
@@ -224,6 +196,10 @@ class Engine:
                 return Result("".join(texts), tuple(ids), event.reason, event.stats)
         raise RuntimeError("the answer ended without a last event")
 
+    def count_tokens(self, prompt: str | Sequence[Mapping[str, Any]]) -> int:
+        """How many tokens a text or chat messages are. Raises RequestError as `submit` does."""
+        return len(self._prompt(_request(prompt, {})))
+
     def gauges(self) -> dict[str, float]:
         """What a metrics page shows of the engine at this moment."""
         pages = self._shared.store.pages
@@ -275,43 +251,6 @@ def _context_length(asked: int | None, config: ModelConfig) -> int:
     return min(asked or config.context_length, config.context_length)
 
 
-def _work(model: Decoder) -> int:
-    """Bytes of weights: what a pass costs, roughly, for models in the same format."""
+def _bytes(model: Decoder) -> int:
+    """Bytes of the layers' weights: what a pass costs, roughly, for models in the same format."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers))
-
-
-def _template(source: str | None, tokenizer: Tokenizer | None, config: ModelConfig) -> ChatTemplate:
-    if tokenizer is None:
-        return ChatTemplate(None)
-    bos = tokenizer.token(config.bos_id) if config.bos_id is not None else None
-    eos = tokenizer.token(config.stop_ids[0]) if config.stop_ids else None
-    return ChatTemplate(source, bos=bos, eos=eos)
-
-
-def _load_drafter(path: str | Path, target: ModelConfig, profile: Profile) -> Drafter:
-    loaded = checkpoints.load(Path(path))
-    config = loaded.config
-    if not isinstance(config, DrafterConfig):
-        raise checkpoints.CheckpointError(f"{path} is not a drafter: it holds a {config.family} model")
-    for name, ours, theirs in (
-        ("hidden size", config.hidden_size, target.hidden_size),
-        ("target layers", config.num_target_layers, target.num_layers),
-        ("vocabulary", config.vocab_size, target.vocab_size),
-    ):
-        if ours != theirs:
-            raise checkpoints.CheckpointError(
-                f"the drafter {path} was made for another target: its {name} is {ours}, the target's {theirs}"
-            )
-    return Drafter(config, loaded.parameters, dtype=profile.dtype)
-
-
-def _load_scorer(path: str | Path, target: ModelConfig, profile: Profile) -> Decoder:
-    loaded = checkpoints.load(Path(path))
-    if not isinstance(loaded.config, ModelConfig):
-        raise checkpoints.CheckpointError(f"{path} is a drafter and cannot score")
-    if loaded.config.vocab_size != target.vocab_size:
-        raise checkpoints.CheckpointError(
-            f"the scorer {path} has a vocabulary of {loaded.config.vocab_size}, the target of {target.vocab_size}: "
-            "they must share a tokenizer"
-        )
-    return Decoder(loaded.config, loaded.parameters, dtype=profile.dtype)

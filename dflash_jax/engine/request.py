@@ -86,6 +86,8 @@ class Stats:
     completion_tokens: int
     time_to_first_token: float
     total_time: float
+    decode_time: float = 0.0
+    """Seconds from the end of prefill to the last token."""
     pflash: PflashStats | None = None
     """None when nothing of this prompt was scored."""
     dflash: DflashStats | None = None
@@ -93,9 +95,8 @@ class Stats:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Rate after the first token."""
-        seconds = self.total_time - self.time_to_first_token
-        return (self.completion_tokens - 1) / seconds if seconds > 0 and self.completion_tokens > 1 else 0.0
+        """Tokens of the answer per second after prefill."""
+        return self.completion_tokens / self.decode_time if self.decode_time > 0 else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
