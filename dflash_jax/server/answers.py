@@ -54,8 +54,8 @@ class Engine(Protocol):
 class Answer:
     """A running answer. Whoever opens it must close it; closing cancels what has not finished.
 
-    From `open` on, a task listens for the client's disconnect and cancels the answer at that moment, whatever its
-    reader is waiting for.
+    From `open` on, a task listens for the client's disconnect, which ends whatever the reader is waiting for with
+    ClientDisconnect.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Answer:
                 loop.call_soon_threadsafe(deliver, event)
 
         handle = loop.run_in_executor(None, engine.submit, request, on_event)
-        answer = Answer(handle, events, asyncio.create_task(_watch(receive, handle, events)))
+        answer = Answer(handle, events, asyncio.create_task(_watch(receive, events)))
         try:
             await asyncio.wait((handle, answer._watcher), return_when=asyncio.FIRST_COMPLETED)
             if not handle.done():
@@ -116,10 +116,9 @@ class Answer:
             self._handle.add_done_callback(_cancel)
 
 
-async def _watch(receive: Receive, handle: asyncio.Future[Any], events: asyncio.Queue[Event | None]) -> None:
+async def _watch(receive: Receive, events: asyncio.Queue[Event | None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    handle.add_done_callback(_cancel)
     events.put_nowait(None)
 
 
