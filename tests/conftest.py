@@ -16,6 +16,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("DFLASH_JAX_CACHE", str(REPOSITORY / ".cache" / "dflash-jax"))
 
 import jax  # noqa: E402  (reads JAX_PLATFORMS when it is imported)
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Shapes in the signatures of the networks are checked at every call; this has to come before anything imports them.
+install_import_hook("dflash_jax.models", "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
