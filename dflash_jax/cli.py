@@ -50,9 +50,10 @@ def _is_expected(error: Exception) -> bool:
     if isinstance(error, _Failure | RequestError | OverloadedError):
         return True
     from checkpoints import CheckpointError
+    from dflash_jax.engine.tokenizer import TokenizerError
     from dflash_jax.models.config import ConfigError
 
-    return isinstance(error, CheckpointError | ConfigError)
+    return isinstance(error, CheckpointError | ConfigError | TokenizerError)
 
 
 def _line(error: Exception) -> str:

@@ -18,6 +18,7 @@ import dflash_jax
 import dflash_jax.bench
 from dflash_jax.cli import main
 from dflash_jax.engine.request import Finished, Request, RequestError, Sampling
+from dflash_jax.engine.tokenizer import TokenizerError
 from dflash_jax.models.config import ConfigError
 from tests.conftest import REPOSITORY
 from tests.server.fake_engine import FakeEngine
@@ -205,7 +206,9 @@ def test_a_generation_that_fails_has_status_1(engine, as_json):
     assert result.stderr.splitlines()[-1] == "error: ValueError: the device is on fire"
 
 
-@pytest.mark.parametrize("error", [RequestError, ConfigError, lambda text: checkpoints.CheckpointError(text), OSError])
+@pytest.mark.parametrize(
+    "error", [RequestError, ConfigError, TokenizerError, lambda text: checkpoints.CheckpointError(text), OSError]
+)
 def test_what_a_user_got_wrong_is_one_line(engine, monkeypatch, error):
     monkeypatch.setattr(engine, "load", _raising(error("model x is\n  odd: convert it again")))
     _fails(run("generate", "-p", "x"), "model x is odd: convert it again")
