@@ -9,19 +9,20 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.topk_pruning.api import select_tokens
 
 Positions = Literal["original", "compact"]
 Mode = Literal["auto", "on", "off"]
 
+_SMOOTH = 13
+"""Tokens over which scores are averaged: a name or a number is worth little without its neighbours."""
+
 _LEAST_DROPPABLE = 64
 """Fewer tokens than this are not worth a look even if pruning is on."""
 _LEAST_PROMPT = 1024
 """A shorter prompt is dense: its tokens matter and its prefill is quick. `auto` leaves it alone."""
-
-_select = jax.jit(select_tokens, static_argnames=("chunk", "smooth"))
-
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
@@ -45,19 +46,33 @@ def budget(droppable: int, keep_ratio: float) -> int:
     return math.ceil(droppable * keep_ratio)
 
 
-def select(scores: jax.Array, droppable: np.ndarray, *, first: int, keep_ratio: float) -> np.ndarray:
-    """Which of the new tokens are kept, bool[len(droppable)].
+def select(scores: jax.Array, droppable: np.ndarray, keep_ratio: float) -> np.ndarray:
+    """Which of the new tokens are kept, bool[n], from scores f32[layers, S] (S >= n) and droppable bool[n]."""
+    count = len(droppable)
+    mask = np.zeros(scores.shape[1], np.bool_)
+    mask[:count] = droppable
+    kept = _select(scores, mask, np.int32(count), np.int32(budget(int(droppable.sum()), keep_ratio)))
+    return np.asarray(kept)[:count]
 
-    `scores` f32[S] counts from the start of what the scorer read; the new tokens begin at `first` there. What stands before
-    them was decided earlier and is not touched.
+
+@jax.jit
+def _select(
+    scores: Float[Array, "layers tokens"],
+    droppable: Bool[Array, " tokens"],
+    length: Int[Array, ""],
+    budget: Int[Array, ""],
+) -> Bool[Array, " tokens"]:
+    """Smooths each layer's scores, brings layers to one scale, and lets the most convinced layer speak for a token.
+
+    Layers differ in how sharply they attend: a mean over them drowns the few that find what the question asks for.
     """
-    end = first + len(droppable)
-    mask = np.zeros(scores.shape[0], np.bool_)
-    mask[first:end] = droppable
-    kept = _select(
-        scores, jnp.asarray(mask), jnp.int32(end), jnp.int32(budget(int(droppable.sum()), keep_ratio))
-    )
-    return np.asarray(kept)[first:end]
+    pooled = jax.lax.reduce_window(scores, jnp.float32(0), jax.lax.add, (1, _SMOOTH), (1, 1), "SAME") / _SMOOTH
+    weight = droppable.astype(jnp.float32)[None, :]
+    count = jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1.0)
+    mean = jnp.sum(pooled * weight, axis=1, keepdims=True) / count
+    variance = jnp.sum(jnp.square(pooled - mean) * weight, axis=1, keepdims=True) / count
+    deviations = (pooled - mean) * jax.lax.rsqrt(variance + 1e-30)
+    return select_tokens(jnp.max(deviations, axis=0), droppable, length, budget, smooth=_SMOOTH)
 
 
 def rope_positions(kept: np.ndarray, positions: Positions) -> np.ndarray:

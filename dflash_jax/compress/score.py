@@ -1,15 +1,19 @@
 """How much the question attends to each prompt token: the measure by which PFlash keeps tokens.
 
-The scorer runs the prompt through its first layers in chunks, then the question's tokens once more at the very end, where they
-see everything. A token's score is the attention that the question's rows pay to it, averaged over rows, heads and a few layers
-(attention mass, Speculative Prefill, arXiv 2502.02789). Attention goes page by page: nothing of size [heads, S, S] exists.
+The scorer runs the prompt through its first layers in chunks and keeps their keys, then runs the question once more at the very
+end, where it sees everything. A layer's score of a token is the largest attention that any head of any question row pays to it,
+computed without RoPE, so that where a token stands says nothing about it. (Attention mass is the idea of Speculative Prefill,
+arXiv 2502.02789; docs/pflash.md has what leaving out RoPE, the maxima and the depth bring.) Attention goes page by page:
+nothing of size [heads, S, S] exists.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.models.config import ModelConfig
@@ -20,68 +24,97 @@ from pallas_kernels.token_scoring.api import token_scores
 QUESTION_ROWS = 32
 """Rows that ask; a shorter question is repeated to fill them."""
 
+Keys = tuple[Float[Array, "tokens kv_heads head_dim"], ...]
+"""Keys without RoPE of the new tokens, one buffer per scoring layer."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Depth:
-    """How far into its layers a scorer runs, and which layers' attention counts."""
+    """How far a scorer runs: `num_layers` whole layers, then only queries and keys of the next one."""
 
     num_layers: int
-    scoring_layers: tuple[int, ...]
+
+    @property
+    def scoring_layers(self) -> tuple[int, ...]:
+        """Layers whose attention counts."""
+        return tuple(range(self.num_layers + 1))
 
 
 def early_exit(config: ModelConfig) -> Depth:
-    """The target as its own scorer: about a quarter of its layers (docs/pflash.md has the recall at other depths)."""
-    return _upper_half(max(2, round(config.num_layers / 4)))
+    """The target as its own scorer: the first tenth of its layers finds a planted fact (docs/pflash.md)."""
+    return Depth(min(max(2, round(config.num_layers / 10)), config.num_layers - 1))
 
 
 def full_depth(config: ModelConfig) -> Depth:
-    """A scorer model of its own: all layers but the last ones, which care for the next token only."""
-    return _upper_half(max(2, round(config.num_layers * 0.75)))
+    """A scorer model of its own: half of its layers; the upper ones care for the next token."""
+    return Depth(min(max(2, config.num_layers // 2), config.num_layers - 1))
 
 
-def _upper_half(num_layers: int) -> Depth:
-    return Depth(num_layers, tuple(range(num_layers // 2, num_layers)))
+def empty_keys(config: ModelConfig, depth: Depth, *, tokens: int, dtype: DTypeLike) -> Keys:
+    """Zeroed buffers for the keys of so many tokens."""
+    layers = [config.layers[index] for index in depth.scoring_layers]
+    return tuple(jnp.zeros((tokens, layer.num_kv_heads, layer.head_dim), dtype) for layer in layers)
 
 
 def read_chunk(
     scorer: Decoder,
     pools: tuple[KvPool, ...],
-    tokens: Int[Array, "slots rows"],
-    positions: Int[Array, "slots rows"],
-    page_table: Int[Array, "slots pages"],
-    starts: Int[Array, " slots"],
+    keys: Keys,
+    tokens: Int[Array, "1 rows"],
+    positions: Int[Array, "1 rows"],
+    page_table: Int[Array, "1 pages"],
+    starts: Int[Array, " 1"],
+    first: Int[Array, ""],
     *,
     depth: Depth,
     page_size: int,
-) -> tuple[KvPool, ...]:
-    """Stores the K and V of one chunk of prompt in the scorer's first layers."""
+) -> tuple[tuple[KvPool, ...], Keys]:
+    """The scorer reads one chunk; its keys go to `first..` of the buffers, which must have room for all rows."""
     place = Place(page_table, starts, positions, page_size)
-    return scorer(tokens, pools, place, num_layers=depth.num_layers).pools
+    passed = scorer(tokens, pools, place, num_layers=depth.num_layers, unrotated=depth.scoring_layers)
+    new_keys = tuple(
+        jax.lax.dynamic_update_slice_in_dim(buffer, key[0].astype(buffer.dtype), first, axis=0)
+        for buffer, (_, key) in zip(keys, passed.unrotated, strict=True)
+    )
+    return passed.pools, new_keys
 
 
 def score_tokens(
     scorer: Decoder,
     pools: tuple[KvPool, ...],
+    keys: Keys,
     question: Int[Array, "1 rows"],
     positions: Int[Array, "1 rows"],
     page_table: Int[Array, "1 pages"],
-    length: Int[Array, " 1"],
+    starts: Int[Array, " 1"],
+    length: Int[Array, ""],
     *,
     depth: Depth,
     page_size: int,
-) -> tuple[Float[Array, " tokens"], tuple[KvPool, ...]]:
-    """Scores f32[pages * page_size] of the `length` tokens that the pools hold; zero beyond."""
-    place = Place(page_table, length, positions, page_size)
-    passed = scorer(question, pools, place, num_layers=depth.num_layers, capture_queries=True)
+) -> tuple[Float[Array, "layers tokens"], tuple[KvPool, ...]]:
+    """Each scoring layer's scores of the first `length` tokens of the key buffers; zero beyond."""
+    place = Place(page_table, starts, positions, page_size)
+    passed = scorer(question, pools, place, num_layers=depth.num_layers, unrotated=depth.scoring_layers)
+    pages = jnp.arange(keys[0].shape[0] // page_size, dtype=jnp.int32)
     scores = [
         token_scores(
-            passed.queries[layer][0],
-            passed.pools[layer][0],
-            page_table[0],
-            length[0],
+            _rows_as_heads(queries[0], buffer.shape[1]),
+            buffer,
+            pages,
+            length,
             page_size=page_size,
             scale=scorer.config.layers[layer].attention_scale,
+            reduce="max",
         )
-        for layer in depth.scoring_layers
+        for layer, (queries, _), buffer in zip(depth.scoring_layers, passed.unrotated, keys, strict=True)
     ]
-    return jnp.mean(jnp.stack(scores), axis=0), passed.pools
+    return jnp.stack(scores), passed.pools
+
+
+def _rows_as_heads(
+    queries: Float[Array, "rows heads head_dim"], kv_heads: int
+) -> Float[Array, "1 rows_and_heads head_dim"]:
+    """One row with the heads of all rows, heads of one KV head side by side: a maximum over heads is one over rows too."""
+    rows, heads, head_dim = queries.shape
+    grouped = queries.reshape(rows, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 2, 3)
+    return grouped.reshape(1, rows * heads, head_dim)

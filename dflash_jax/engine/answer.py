@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import jax
 import numpy as np
@@ -52,6 +52,8 @@ class Shared:
     rule: Rule
     fixed_keep_ratio: float | None
     times: StepTimes
+    scorer_busy: bool = False
+    """Whether an answer is using a scorer of its own pools, which hold one prompt."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -126,36 +128,44 @@ class Answer:
         fixed = self._shared.fixed_keep_ratio
         return float(session.controller.keep_ratio) if fixed is None else fixed
 
-    def _compress(self, session: Session, known: int, mask: np.ndarray, keep_ratio: float) -> Iterator[None]:
-        """Scores what is new in the prompt and returns which of it is kept."""
+    def _compress(self, session: Session, known: int, mask: np.ndarray, keep_ratio: float) -> Generator[None, None, np.ndarray]:
+        """Scores what is new in the prompt (all after the first `known` tokens) and returns which of it is kept."""
         shared, prompt = self._shared, self.job.prompt
         programs, store, page_size = shared.programs, shared.store, shared.store.page_size
+        while programs.has_own_scorer and shared.scorer_busy:
+            yield
         started = time.perf_counter()
-        candidate = np.concatenate([session.kept, np.ones(len(mask), np.bool_)])
-        ids, positions = prompt.token_ids[candidate], rope_positions(candidate, shared.positions)
-        first = len(ids) - len(mask)
+        readable = np.concatenate([session.kept, np.ones(len(mask), np.bool_)])
+        ids, positions = prompt.token_ids[readable], rope_positions(readable, shared.positions)
+        borrowed: list[int] = []
         if programs.has_own_scorer:
-            start, full, borrowed, table = 0, 0, [], programs.page_table(range(1, programs.pages_per_sequence + 1))
+            shared.scorer_busy = True
+            start, table = 0, programs.page_table(range(1, programs.pages_per_sequence + 1))
         else:
             # The session's own KV is the beginning of what the scorer reads; the rest goes into borrowed pages.
             start, full = session.length, session.length // page_size
             borrowed = store.borrow(-(-(len(ids) + QUESTION_ROWS) // page_size) - full)
             table = programs.page_table(session.pages[:full] + borrowed)
-        try:
-            if start % page_size and borrowed:
+            if start % page_size:
                 programs.copy_page(session.pages[full], borrowed[0])
+        try:
+            keys = programs.new_keys()
             for begin, end in chunks_of(len(ids) - start, programs.profile):
                 rows = slice(start + begin, start + end)
-                programs.read_for_scoring(ids[rows], positions[rows], table, start + begin)
-                jax.block_until_ready(programs.pools.target[0][0])
+                keys = programs.read_for_scoring(keys, ids[rows], positions[rows], table, start + begin, begin)
+                jax.block_until_ready(keys)
                 yield
             question = question_tokens(prompt, QUESTION_ROWS)
-            question = prompt.token_ids[-QUESTION_ROWS:] if question is None else question
+            question = ids[-QUESTION_ROWS:] if question is None else question
             after = np.arange(QUESTION_ROWS, dtype=np.int32)
-            scores = programs.score(question[after % len(question)], positions[-1] + 1 + after, table, len(ids))
-            kept = select(scores, mask, first=first, keep_ratio=keep_ratio)
+            asked = question[after % len(question)]
+            scores = programs.score(keys, asked, positions[-1] + 1 + after, table, len(ids), len(ids) - start)
+            # Tokens before the new ones may be read again (a separate scorer reads all); they are not up for selection.
+            again = len(ids) - start - len(mask)
+            kept = select(scores, np.concatenate([np.zeros(again, np.bool_), mask]), keep_ratio)[again:]
         finally:
             store.pages.release(borrowed)
+            shared.scorer_busy = False
         milliseconds = 1000 * (time.perf_counter() - started)
         self._pflash = PflashStats(len(mask), int(session.kept.sum() + kept.sum()), keep_ratio, milliseconds)
         return kept

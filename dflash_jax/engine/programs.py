@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dflash_jax.compress.score import QUESTION_ROWS, Depth, read_chunk, score_tokens
+from dflash_jax.compress.score import QUESTION_ROWS, Depth, Keys, empty_keys, read_chunk, score_tokens
 from dflash_jax.engine.profile import Profile
 from dflash_jax.models.decoder import Decoder, empty_pools
 from dflash_jax.models.drafter import Drafter, empty_drafter_pools
@@ -59,7 +59,7 @@ class Programs:
         self.pages_per_sequence = pages_per_sequence
         self.has_drafter = drafter is not None
         self.has_own_scorer = scorer is not None
-        self._num_pages = num_pages
+        self._num_pages, self._depth = num_pages, depth
         self._target_config, self._drafter_config = target.config, drafter.config if drafter else None
         self._scorer_config = scorer.config if scorer else None
         self._weights = (_Weights(target), _Weights(drafter))
@@ -72,8 +72,8 @@ class Programs:
             )
             for draft, rows in ((False, profile.plain_rows), (True, profile.block_rows))
         }
-        self._read = self._compile_scorer(read_chunk, depth=depth, page_size=page_size)
-        self._score = self._compile_scorer(score_tokens, depth=depth, page_size=page_size)
+        self._read = self._compile_scorer(read_chunk, donated=(1, 2), depth=depth, page_size=page_size)
+        self._score = self._compile_scorer(score_tokens, donated=(1,), depth=depth, page_size=page_size)
         self._copy = jax.jit(functools.partial(_copy_page, page_size=page_size), donate_argnums=(0,))
         self.pools: Pools
         self.reset()
@@ -116,15 +116,31 @@ class Programs:
         )
         return jax.device_get(visit), slots
 
-    def read_for_scoring(self, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int) -> None:
-        """The scorer reads one chunk of prompt."""
-        arguments = (self._pad(tokens), self._pad(positions), table, np.asarray([start], np.int32))
-        self._set_scorer_pools(self._read(self._scorer_weights.leaves, self._get_scorer_pools(), *arguments))
+    def new_keys(self) -> Keys:
+        """Buffers for the keys of one prompt that is being scored."""
+        tokens = self.pages_per_sequence * self.profile.page_size
+        room = -(-self.profile.chunks[-1] // self.profile.page_size) * self.profile.page_size  # for a half-empty last chunk
+        config = self._scorer_config or self._target_config
+        return empty_keys(config, self._depth, tokens=tokens + room, dtype=self.profile.dtype)
 
-    def score(self, question: np.ndarray, positions: np.ndarray, table: np.ndarray, length: int) -> jax.Array:
-        """Scores f32[pages_per_sequence * page_size] of the first `length` tokens under QUESTION_ROWS question tokens."""
-        arguments = (question[None], positions[None], table, np.asarray([length], np.int32))
-        scores, pools = self._score(self._scorer_weights.leaves, self._get_scorer_pools(), *arguments)
+    def read_for_scoring(
+        self, keys: Keys, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int, first: int
+    ) -> Keys:
+        """The scorer reads one chunk of prompt at token index `start`; the `first` tokens read so far have their keys."""
+        arguments = (self._pad(tokens), self._pad(positions), table, np.asarray([start], np.int32), np.int32(first))
+        pools, keys = self._read(self._scorer_weights.leaves, self._get_scorer_pools(), keys, *arguments)
+        self._set_scorer_pools(pools)
+        return keys
+
+    def score(
+        self, keys: Keys, question: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int, length: int
+    ) -> jax.Array:
+        """Scores f32[layers, tokens] of the `length` tokens whose keys are given, under QUESTION_ROWS question tokens.
+
+        The question's own K and V go to token indices `start..`.
+        """
+        arguments = (question[None], positions[None], table, np.asarray([start], np.int32), np.int32(length))
+        scores, pools = self._score(self._scorer_weights.leaves, self._get_scorer_pools(), keys, *arguments)
         self._set_scorer_pools(pools)
         return scores
 
@@ -148,7 +164,7 @@ class Programs:
                 for rows in self.profile.chunks
             ]
             question = np.zeros(QUESTION_ROWS, np.int32)
-            steps.append(("scores", lambda: self.score(question, question, table, 0)))
+            steps.append(("scores", lambda: self.score(self.new_keys(), question, question, table, 0, 0)))
         steps.append(("copy of a page", lambda: self.copy_page(0, 0)))
         return steps
 
@@ -177,14 +193,16 @@ class Programs:
         program.__name__ = function.__name__
         return jax.jit(program, donate_argnums=(1,))
 
-    def _compile_scorer(self, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    def _compile_scorer(
+        self, function: Callable[..., Any], *, donated: tuple[int, ...], **static: Any
+    ) -> Callable[..., Any]:
         weights = self._scorer_weights
 
-        def program(leaves: Any, pools: tuple[KvPool, ...], *arguments: Any) -> Any:
-            return function(weights.build(leaves), pools, *arguments, **static)
+        def program(leaves: Any, *arguments: Any) -> Any:
+            return function(weights.build(leaves), *arguments, **static)
 
         program.__name__ = function.__name__
-        return jax.jit(program, donate_argnums=(1,))
+        return jax.jit(program, donate_argnums=donated)
 
     def _get_scorer_pools(self) -> tuple[KvPool, ...]:
         return self.pools.target if self._scorer_pools is None else self._scorer_pools
@@ -206,7 +224,7 @@ class Programs:
 
     def _run_dummy_read(self, rows: int, table: np.ndarray) -> None:
         zeros = np.zeros(rows, np.int32)
-        self.read_for_scoring(zeros, zeros, table, 0)
+        self.read_for_scoring(self.new_keys(), zeros, zeros, table, 0, 0)
         jax.block_until_ready(self._get_scorer_pools())
 
     def _run_dummy_decode(self, *, draft: bool) -> None:

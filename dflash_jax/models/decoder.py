@@ -45,6 +45,9 @@ class Place:
     page_size: int
 
 
+QueriesKeys = tuple[Float[Array, "slots rows heads head_dim"], Float[Array, "slots rows kv_heads head_dim"]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Pass:
     """What a pass through the decoder leaves behind.
@@ -57,7 +60,7 @@ class Pass:
     hidden: Float[Array, "slots rows dim"]
     pools: tuple[KvPool, ...]
     features: Float[Array, "slots rows features"] | None
-    queries: tuple[Float[Array, "slots rows heads head_dim"], ...]
+    unrotated: tuple[QueriesKeys, ...]
 
 
 class Attention(nnx.Module):
@@ -75,27 +78,39 @@ class Attention(nnx.Module):
         self.num_heads = config.num_heads
         self.layer = layer
 
-    def __call__(
-        self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place
-    ) -> tuple[Float[Array, "slots rows dim"], KvPool, Float[Array, "slots rows heads head_dim"]]:
+    def project(
+        self, x: Float[Array, "slots rows dim"]
+    ) -> tuple[
+        Float[Array, "slots rows heads head_dim"],
+        Float[Array, "slots rows kv_heads head_dim"],
+        Float[Array, "slots rows kv_heads head_dim"],
+    ]:
+        """Queries, keys and values with their norms, before RoPE."""
         layer = self.layer
         slots, rows, _ = x.shape
         heads = self.qkv(x).reshape(slots, rows, self.num_heads + 2 * layer.num_kv_heads, layer.head_dim)
         q, k, v = jnp.split(heads, [self.num_heads, self.num_heads + layer.num_kv_heads], axis=2)
-        q = rotate(q if self.q_norm is None else self.q_norm(q), rope)
-        k = rotate(k if self.k_norm is None else self.k_norm(k), rope)
-        v = v if self.v_norm is None else self.v_norm(v)
-        pool = write_rows(pool, k, v, place.page_table, place.starts, place.page_size)
+        return (
+            q if self.q_norm is None else self.q_norm(q),
+            k if self.k_norm is None else self.k_norm(k),
+            v if self.v_norm is None else self.v_norm(v),
+        )
+
+    def __call__(
+        self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place
+    ) -> tuple[Float[Array, "slots rows dim"], KvPool, QueriesKeys]:
+        q, k, v = self.project(x)
+        pool = write_rows(pool, rotate(k, rope), v, place.page_table, place.starts, place.page_size)
         mixed = block_attention(
-            q,
+            rotate(q, rope),
             *pool,
             place.page_table,
             place.starts,
             page_size=place.page_size,
-            scale=layer.attention_scale,
-            window=layer.window,
+            scale=self.layer.attention_scale,
+            window=self.layer.window,
         )
-        return self.out(mixed.reshape(slots, rows, -1)), pool, q
+        return self.out(mixed.reshape(*x.shape[:2], -1)), pool, (q, k)
 
 
 class DecoderLayer(nnx.Module):
@@ -116,11 +131,11 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place
-    ) -> tuple[Float[Array, "slots rows dim"], KvPool, Float[Array, "slots rows heads head_dim"]]:
-        mixed, pool, queries = self.attention(self.attention_norm(x), rope, pool, place)
+    ) -> tuple[Float[Array, "slots rows dim"], KvPool, QueriesKeys]:
+        mixed, pool, unrotated = self.attention(self.attention_norm(x), rope, pool, place)
         x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
         wide = self.mlp(self.mlp_norm(x))
-        return x + (wide if self.mlp_post_norm is None else self.mlp_post_norm(wide)), pool, queries
+        return x + (wide if self.mlp_post_norm is None else self.mlp_post_norm(wide)), pool, unrotated
 
 
 class Decoder(nnx.Module):
@@ -152,23 +167,28 @@ class Decoder(nnx.Module):
         *,
         num_layers: int | None = None,
         capture: Sequence[int] = (),
-        capture_queries: bool = False,
+        unrotated: Sequence[int] = (),
     ) -> Pass:
-        """Runs the first `num_layers` layers (all when None) on rows of tokens."""
+        """Runs the first `num_layers` layers (all when None) on rows of tokens.
+
+        `capture` names layers for `Pass.features`, `unrotated` layers for `Pass.unrotated`; the latter may include the first
+        layer that does not run, of which only queries and keys are computed.
+        """
         x = self.embed(tokens)
         tables = {}
-        new_pools, features, queries = list(pools), {}, []
+        new_pools, features, taken = list(pools), {}, {}
         for index, layer in enumerate(self.config.layers[:num_layers]):
             key = (layer.rope, layer.head_dim)
             if key not in tables:
                 tables[key] = rope_tables(*key, place.positions)
-            x, new_pools[index], q = self.layers[index](x, tables[key], pools[index], place)
+            x, new_pools[index], taken[index] = self.layers[index](x, tables[key], pools[index], place)
             if index in capture:
                 features[index] = x
-            if capture_queries:
-                queries.append(q)
+        if num_layers is not None and num_layers in unrotated:
+            layer = self.layers[num_layers]
+            taken[num_layers] = layer.attention.project(layer.attention_norm(x))[:2]
         joined = jnp.concatenate([features[index] for index in capture], axis=-1) if capture else None
-        return Pass(hidden=x, pools=tuple(new_pools), features=joined, queries=tuple(queries))
+        return Pass(x, tuple(new_pools), joined, tuple(taken[index] for index in unrotated))
 
     def logits(self, hidden: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
         """Final norm, head, softcap; f32. `hidden` is the residual stream after the last layer."""
