@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from flax import nnx
 
 from checkpoints.random_models import random_drafter, random_target
+from dflash_jax.engine.loading import Model
+from dflash_jax.engine.profile import Profile
+from dflash_jax.engine.template import ChatTemplate
+from dflash_jax.engine.tokenizer import Tokenizer
 from dflash_jax.models.config import DrafterConfig, LayerConfig, ModelConfig, RopeConfig
 from dflash_jax.models.decoder import Decoder, Place
 from dflash_jax.models.drafter import Drafter
@@ -74,3 +80,43 @@ class ScriptedDrafter(nnx.Module):
         """Hidden states whose largest logits are those of the script's tokens (rows of a random table are nearly orthogonal)."""
         tokens = jnp.take(self.script.get_value(), place.positions, mode="clip")
         return jnp.take(self.embedding.get_value(), tokens, axis=0), tuple(pools)
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """One token per byte, and the two special tokens of ChatML."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return Tokenizer(backend.to_str())
+
+
+TINY_PROFILE = Profile(
+    dtype=F32,
+    page_size=PAGE_SIZE,
+    chunks=(8, 32),
+    plain_rows=1,
+    block_rows=16,
+    max_steps=4,
+    visit_seconds=0.02,
+    max_sessions=2,
+)
+
+
+def tiny_model(drafter: Drafter | ScriptedDrafter | None = None, *, context_length: int = 512) -> Model:
+    """A random target with a tokenizer and a chat template, ready for an engine."""
+    config = dataclasses.replace(TARGET, context_length=context_length, stop_ids=(257,))
+    return Model(
+        target=tiny_target(config=config),
+        profile=TINY_PROFILE,
+        tokenizer=tiny_tokenizer(),
+        template=ChatTemplate(TEMPLATE),
+        drafter=drafter,  # type: ignore[arg-type]
+    )
