@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
-from pathlib import Path
 
 import jax
 
+from checkpoints import cache_folder
+
 _compiled = itertools.count()
 _seen = 0
-
-
-def cache_folder() -> Path:
-    """The user's cache folder of this project: DFLASH_JAX_CACHE, or dflash-jax under XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("DFLASH_JAX_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "dflash-jax"
 
 
 def enable_persistent_cache() -> None:

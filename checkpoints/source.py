@@ -1,0 +1,65 @@
+"""A checkpoint as it was published: its config, and its tensors under our names, read one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints.errors import CheckpointError
+from dflash_jax.models.config import DrafterConfig, ModelConfig
+from dflash_jax.models.parameters import Parameter, drafter_parameters, target_parameters
+
+Reader = Callable[[], np.ndarray]
+"""Reads one tensor, f32, matrices as [out, in]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the parameters of one network come from. `readers` go by canonical names; `origin` has the source's own names."""
+
+    path: Path
+    config: ModelConfig | DrafterConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    readers: Mapping[str, Reader]
+    origin: Mapping[str, str]
+    tokenizer_json: str | None = None
+    chat_template: str | None = None
+
+    @property
+    def table(self) -> dict[str, Parameter]:
+        """The parameters that the config asks for."""
+        return parameter_table(self.config)
+
+    def check(self) -> None:
+        """Raises CheckpointError for the first tensor that is missing, left over or of another shape than the config says."""
+        table = self.table
+        for name, parameter in table.items():
+            if name not in self.readers:
+                raise CheckpointError(f"{self.path}: tensor {name} is missing; the file is incomplete or of another family")
+            found = self.shapes[name]
+            if found != parameter.shape:
+                raise CheckpointError(
+                    f"{self.path}: tensor {self.origin[name]} has shape {list(found)}, "
+                    f"the config asks for {list(parameter.shape)}; config and weights do not belong together"
+                )
+        extra = sorted(set(self.readers) - set(table))
+        if extra:
+            raise CheckpointError(f"{self.path}: tensor {self.origin[extra[0]]} has no place in a {family(self.config)} model")
+
+    def read(self) -> Iterator[tuple[str, Parameter, np.ndarray]]:
+        """All parameters in the order of the table."""
+        for name, parameter in self.table.items():
+            yield name, parameter, self.readers[name]()
+
+
+def parameter_table(config: ModelConfig | DrafterConfig) -> dict[str, Parameter]:
+    """Names and shapes of a target's or a drafter's parameters."""
+    return target_parameters(config) if isinstance(config, ModelConfig) else drafter_parameters(config)
+
+
+def family(config: ModelConfig | DrafterConfig) -> str:
+    """What a model is called in messages."""
+    return config.family if isinstance(config, ModelConfig) else "DFlash drafter"
