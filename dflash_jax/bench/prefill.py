@@ -32,7 +32,7 @@ def run(
     pflash_scope: PflashScope = "agent",
     bsa: bool = False,
     context_length: int | None = None,
-    positions: Positions = "original",
+    positions: Positions = "compact",
 ) -> dict[str, Any]:
     """Answers prompts with PFlash off and on, prints a table, returns the report.
 

@@ -61,7 +61,7 @@ class Engine:
         pflash: Mode = "auto",
         keep_ratio: float | None = None,
         pflash_scope: PflashScope = "agent",
-        positions: Positions = "original",
+        positions: Positions = "compact",
         rule: Rule = "relative",
         context_length: int | None = None,
         max_sessions: int | None = None,
