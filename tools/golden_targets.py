@@ -2,8 +2,9 @@
 
 expected.npz holds `input_ids` i64[sequences, tokens], `hidden_states` f32[layers + 1, sequences, tokens, dim] (the
 embeddings, then the residual stream after each layer; the last one has passed the final norm), `logits` f32[sequences,
-tokens, vocab], and the same logits for RoPE `gap_positions` that jump, as in a pruned prompt: `gap_logits`;
-`inverse_frequencies` f32[head_dim / 2] is what RoPE turns by.
+tokens, vocab], and the same logits for RoPE `gap_positions` that jump, as in a pruned prompt: `gap_logits`; `queries`
+and `keys` of the last layer f32[sequences, tokens, heads, head_dim] before RoPE; `inverse_frequencies` f32[head_dim /
+2] is what RoPE turns by.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ def make(family: str, seed: int, options: dict[str, object], folder: Path) -> No
     steps = torch.randint(1, 4, (SEQUENCES, TOKENS), generator=generator)
     gap_positions = torch.cumsum(steps, dim=1)
     mask = torch.ones_like(input_ids)  # without it, transformers takes a jump in positions for a new packed document
-    plain = model(input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     gaps = model(input_ids, attention_mask=mask, position_ids=gap_positions, use_cache=False)
+    last, taken = model.model.layers[-1].self_attn, {}
+    for letter in "qk":
+        module = getattr(last, f"{letter}_norm", None) or getattr(last, f"{letter}_proj")
+        module.register_forward_hook(lambda _module, _inputs, output, letter=letter: taken.update({letter: output}))
+    plain = model(input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     write(
         folder,
         model,
@@ -51,6 +56,8 @@ def make(family: str, seed: int, options: dict[str, object], folder: Path) -> No
         logits=plain.logits.numpy(),
         gap_positions=gap_positions.numpy(),
         gap_logits=gaps.logits.numpy(),
+        queries=taken["q"].reshape(SEQUENCES, TOKENS, -1, last.head_dim).numpy(),
+        keys=taken["k"].reshape(SEQUENCES, TOKENS, -1, last.head_dim).numpy(),
         inverse_frequencies=model.model.rotary_emb.inv_freq.numpy(),
     )
 

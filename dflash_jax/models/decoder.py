@@ -53,8 +53,8 @@ class Pass:
     """What a pass through the decoder leaves behind.
 
     `hidden` is the residual stream after the last layer that ran, before the final norm. `features` are the residual
-    streams after the captured layers, concatenated. `queries` has each layer's rotated queries when they were asked
-    for.
+    streams after the captured layers, concatenated. `unrotated` has queries and keys before RoPE of the layers
+    asked for, in that order.
     """
 
     hidden: Float[Array, "slots rows dim"]
@@ -171,8 +171,8 @@ class Decoder(nnx.Module):
     ) -> Pass:
         """Runs the first `num_layers` layers (all when None) on rows of tokens.
 
-        `capture` names layers for `Pass.features`, `unrotated` layers for `Pass.unrotated`; the latter may include the first
-        layer that does not run, of which only queries and keys are computed.
+        `capture` names layers for `Pass.features`, `unrotated` layers for `Pass.unrotated`; the latter may include the
+        first layer that does not run, of which only queries and keys are computed.
         """
         x = self.embed(tokens)
         tables = {}

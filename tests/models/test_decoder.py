@@ -126,8 +126,19 @@ def test_positions_of_a_pruned_prompt_may_jump(target: Target) -> None:
 
 def test_early_exit_stops_after_the_layers_asked_for(target: Target) -> None:
     before = target.pools()
-    result, _ = target.run(target.expected["input_ids"], before, [0, 0], num_layers=2, capture_queries=True)
+    result, _ = target.run(target.expected["input_ids"], before, [0, 0], num_layers=2, unrotated=(2,))
     assert_close(result.hidden, target.expected["hidden_states"][2])
-    assert len(result.queries) == 2
     assert np.array_equal(result.pools[2][0], before[2][0])
     assert not np.array_equal(result.pools[1][0], before[1][0])
+    assert_queries_and_keys(result, target)
+
+
+def test_queries_and_keys_before_rope_of_a_layer_that_runs(target: Target) -> None:
+    result, _ = target.run(target.expected["input_ids"], target.pools(), [0, 0], unrotated=(2,))
+    assert_queries_and_keys(result, target)
+
+
+def assert_queries_and_keys(result: Pass, target: Target) -> None:
+    ((queries, keys),) = result.unrotated
+    assert_close(queries, target.expected["queries"])
+    assert_close(keys, target.expected["keys"])
