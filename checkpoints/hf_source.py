@@ -45,7 +45,7 @@ def read_folder(path: Path) -> Source:
         for own, shape in _shapes(file).items():
             if own.endswith(_IGNORED):
                 continue
-            name = _canonical(own)
+            name = canonical_name(own)
             if name is None:
                 raise CheckpointError(f"{file}: tensor {own} is unknown; supported are llama, qwen3 and DFlash drafters")
             if name == "lm_head" and isinstance(config, ModelConfig) and config.tied_embeddings:
@@ -84,7 +84,8 @@ def _read(file: Path, name: str) -> np.ndarray:
         return np.asarray(tensors.get_tensor(name)).astype(np.float32)
 
 
-def _canonical(name: str) -> str | None:
+def canonical_name(name: str) -> str | None:
+    """Our name for a tensor of a Hugging Face or z-lab checkpoint; None for one that has no place in our models."""
     if name in _TOP:
         return _TOP[name]
     prefix, _, rest = name.removeprefix("model.").partition(".")

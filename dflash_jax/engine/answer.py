@@ -20,7 +20,7 @@ from dflash_jax.compress.spans import Prompt
 from dflash_jax.control.degenerate import degenerate
 from dflash_jax.control.rules import Rule, update
 from dflash_jax.control.state import Observation
-from dflash_jax.engine.programs import Programs, chunks_of, new_slots, sampling_parameters
+from dflash_jax.engine.programs import Programs, chunks_of, new_slots, put, sampling_parameters
 from dflash_jax.engine.request import (
     DflashStats,
     Event,
@@ -35,6 +35,10 @@ from dflash_jax.engine.request import (
 from dflash_jax.engine.stop import StopFinder
 from dflash_jax.engine.tokenizer import IncrementalDecoder, Tokenizer
 from dflash_jax.speculate.pace import Pace, StepTimes
+
+
+follow = jax.jit(update, static_argnames="rule")
+"""The controller's rule as one program."""
 
 
 @dataclasses.dataclass
@@ -211,7 +215,7 @@ class Answer:
             max_steps = max(1, min(profile.max_steps, round(profile.visit_seconds / step_time)))
             rows = profile.block_rows if draft else profile.plain_rows
             if self._grow(session, max_steps * rows + profile.block_rows):
-                slots = dataclasses.replace(slots, page_table=jax.numpy.asarray(programs.page_table(session.pages)))
+                slots = dataclasses.replace(slots, page_table=put(programs.page_table(session.pages)))
             started = time.perf_counter()
             visit, slots = programs.decode(slots, parameters, draft=draft, max_steps=max_steps)
             tokens = visit.tokens[0, : int(visit.count[0])]
@@ -264,7 +268,7 @@ class Answer:
             degenerate=np.bool_(degenerate(np.asarray(self._generated, np.int32))),
             compressed=np.bool_(self._compressed),
         )
-        session.controller = update(self._shared.rule, session.controller, observation)
+        session.controller = follow(self._shared.rule, session.controller, observation)
 
     def _stats(self) -> Stats:
         now = time.perf_counter()

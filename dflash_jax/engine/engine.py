@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from dflash_jax.cache.sessions import SessionStore
 from dflash_jax.compress.prune import Gate, Mode, Positions
 from dflash_jax.compress.score import QUESTION_ROWS, early_exit, full_depth
 from dflash_jax.compress.spans import Prompt
 from dflash_jax.control.rules import Rule, initial
-from dflash_jax.engine.answer import Job, Shared
+from dflash_jax.control.state import Observation
+from dflash_jax.engine.answer import Job, Shared, follow
 from dflash_jax.engine.chat import build_prompt, text_prompt
 from dflash_jax.engine.compilation import compilations
 from dflash_jax.engine.loading import Model, Progress, load_model
@@ -132,6 +134,7 @@ class Engine:
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles (or fetches from the cache) every program and measures the steps; requests then never wait for that."""
         steps = self._shared.programs.warm_up_steps(with_scoring=self._scores)
+        steps.append(("controller", self._warm_up_controller))
         for index, (label, action) in enumerate(steps):
             if progress:
                 progress(label, index, len(steps))
@@ -139,6 +142,12 @@ class Engine:
         self._shared.times = self._shared.programs.measure_steps()
         if progress:
             progress("ready", len(steps), len(steps))
+
+    def _warm_up_controller(self) -> None:
+        observation = Observation(np.float32(1), np.int32(1), np.bool_(False), np.bool_(False))
+        state = initial(self._shared.rule, self._shared.fixed_keep_ratio)
+        for _ in range(2):  # the first state comes from the host, later ones from the device
+            state = follow(self._shared.rule, state, observation)
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Handle:
         """Queues a request. Events come from the device thread; `Finished` is the last and always comes.

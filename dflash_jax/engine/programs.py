@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dflash_jax.compress.prune import select
 from dflash_jax.compress.score import QUESTION_ROWS, Depth, Keys, empty_keys, read_chunk, score_tokens
 from dflash_jax.engine.profile import Profile
 from dflash_jax.models.decoder import Decoder, empty_pools
@@ -23,6 +23,15 @@ from dflash_jax.speculate.sampling import SamplingParameters
 from dflash_jax.speculate.step import Networks, Pools, Slots
 
 Step = tuple[str, Callable[[], object]]
+_MOST = 2**31 - 1
+
+
+def put(value: Any) -> Any:
+    """A pytree of arrays on the engine's device, committed to it.
+
+    Programs are compiled anew for arguments that are committed in another way, so everything that enters one passes here.
+    """
+    return jax.device_put(value, jax.devices()[0])
 
 
 class _Weights:
@@ -31,7 +40,7 @@ class _Weights:
     def __init__(self, module: nnx.Module | None) -> None:
         self._graph, state = (None, ()) if module is None else nnx.split(module)
         leaves, self._tree = jax.tree.flatten(state)
-        self.leaves = tuple(leaves)
+        self.leaves = tuple(put(leaf) for leaf in leaves)
 
     def build(self, leaves: Sequence[jax.Array]) -> Any:
         """The network again, inside a traced function; None if there was none."""
@@ -84,10 +93,10 @@ class Programs:
         target = empty_pools(self._target_config, num_pages=self._num_pages, **sizes)
         config = self._drafter_config
         drafter = empty_drafter_pools(config, num_pages=self._num_pages, **sizes) if config else ()
-        self.pools = Pools(target, drafter)
+        self.pools = put(Pools(target, drafter))
         config = self._scorer_config
         own_pages = self.pages_per_sequence + 1
-        self._scorer_pools = empty_pools(config, num_pages=own_pages, **sizes) if config else None
+        self._scorer_pools = put(empty_pools(config, num_pages=own_pages, **sizes)) if config else None
 
     @property
     def lost(self) -> bool:
@@ -121,7 +130,7 @@ class Programs:
         tokens = self.pages_per_sequence * self.profile.page_size
         room = -(-self.profile.chunks[-1] // self.profile.page_size) * self.profile.page_size  # for a half-empty last chunk
         config = self._scorer_config or self._target_config
-        return empty_keys(config, self._depth, tokens=tokens + room, dtype=self.profile.dtype)
+        return put(empty_keys(config, self._depth, tokens=tokens + room, dtype=self.profile.dtype))
 
     def read_for_scoring(
         self, keys: Keys, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int, first: int
@@ -164,7 +173,7 @@ class Programs:
                 for rows in self.profile.chunks
             ]
             question = np.zeros(QUESTION_ROWS, np.int32)
-            steps.append(("scores", lambda: self.score(self.new_keys(), question, question, table, 0, 0)))
+            steps.append(("scores", functools.partial(self._run_dummy_score, question, table)))
         steps.append(("copy of a page", lambda: self.copy_page(0, 0)))
         return steps
 
@@ -227,6 +236,10 @@ class Programs:
         self.read_for_scoring(self.new_keys(), zeros, zeros, table, 0, 0)
         jax.block_until_ready(self._get_scorer_pools())
 
+    def _run_dummy_score(self, question: np.ndarray, table: np.ndarray) -> None:
+        scores = self.score(self.new_keys(), question, question, table, 0, 0)
+        select(scores, np.ones(1, np.bool_), 0.5)
+
     def _run_dummy_decode(self, *, draft: bool) -> None:
         slots = new_slots(self.page_table(()), length=0, position=0, anchor=0, limit=1 << 20, stop_ids=())
         self.decode(slots, sampling_parameters(temperature=0.0), draft=draft, max_steps=2)
@@ -237,33 +250,35 @@ def new_slots(
 ) -> Slots:
     """One slot at the beginning of an answer of at most `limit` tokens."""
     padded = (list(stop_ids) + [-1] * stops)[: max(stops, len(stop_ids))]
-
-    def one(value: int) -> jax.Array:
-        return jnp.asarray([value], jnp.int32)
-
-    return Slots(
-        page_table=jnp.asarray(table, jnp.int32),
-        length=one(length),
-        position=one(position),
-        anchor=one(anchor),
-        number=one(0),
-        limit=one(limit),
-        stop_ids=jnp.asarray([padded], jnp.int32),
-        live=jnp.asarray([limit > 0]),
+    slots = Slots(
+        page_table=np.asarray(table, np.int32),
+        length=_one(length),
+        position=_one(position),
+        anchor=_one(anchor),
+        number=_one(0),
+        limit=_one(limit),
+        stop_ids=np.asarray([padded], np.int32),
+        live=np.asarray([limit > 0]),
     )
+    return put(slots)
 
 
 def sampling_parameters(
     *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0
 ) -> SamplingParameters:
     """The device form of one request's sampling fields."""
-    return SamplingParameters(
-        temperature=jnp.asarray([temperature], jnp.float32),
-        top_k=jnp.asarray([top_k], jnp.int32),
-        top_p=jnp.asarray([top_p], jnp.float32),
-        min_p=jnp.asarray([min_p], jnp.float32),
-        seed=jnp.asarray([[(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF]], jnp.uint32),
+    parameters = SamplingParameters(
+        temperature=_one(temperature, np.float32),
+        top_k=_one(min(top_k, _MOST)),
+        top_p=_one(top_p, np.float32),
+        min_p=_one(min_p, np.float32),
+        seed=np.asarray([[(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF]], np.uint32),
     )
+    return put(parameters)
+
+
+def _one(value: float, dtype: Any = np.int32) -> np.ndarray:
+    return np.asarray([value], dtype)
 
 
 def chunks_of(total: int, profile: Profile) -> Iterator[tuple[int, int]]:

@@ -191,12 +191,15 @@ def test_a_handler_that_raises_does_not_stop_the_engine(engine: Engine) -> None:
     assert engine.generate(CHAT, max_tokens=4, ignore_eos=True).stats.completion_tokens == 4
 
 
-def test_nothing_is_compiled_while_serving(engine: Engine) -> None:
-    engine.generate([{"role": "user", "content": "warm"}], max_tokens=3)
+def test_nothing_is_compiled_while_serving(make: Callable[..., Engine]) -> None:
+    engine = make(tiny_model(tiny_drafter()), pflash="on", keep_ratio=0.5)
+    engine.warm_up()
     before = engine.gauges()["compilations"]
     for length in (1, 9, 33, 100, 300):
-        engine.generate([{"role": "user", "content": "y" * length}], max_tokens=20, ignore_eos=True)
+        engine.generate([{"role": "user", "content": "y" * length}], max_tokens=40, ignore_eos=True)
     engine.generate(CHAT, max_tokens=5, temperature=0.7, top_k=5, top_p=0.9, seed=1)
+    pruned = engine.generate([{"role": "user", "content": LONG}, {"role": "user", "content": "Well?"}], max_tokens=9)
+    assert pruned.stats.pflash is not None
     assert engine.gauges()["compilations"] == before
 
 
