@@ -1,0 +1,133 @@
+"""Model paths on the device: the real default model and a random drafter through prefill, decoding, DFlash and PFlash.
+
+    python tools/gpu_models.py [--model MODEL] [--json FILE]
+
+Prints a table and exits with status 1 if a check fails. On a GPU this is the proof that CI cannot give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints.random_models import random_drafter
+from dflash_jax.bench.haystack import NEEDLES, conversation
+from dflash_jax.bench.report import environment
+from dflash_jax.engine.engine import Engine
+from dflash_jax.engine.loading import Model, load_model
+from dflash_jax.engine.target import Target
+from dflash_jax.models.config import DrafterConfig, default_target_layers
+from dflash_jax.models.drafter import Drafter
+
+CHAT = [{"role": "user", "content": "Write a Python function that returns the n-th Fibonacci number, with a docstring."}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--json", type=Path, default=Path(os.environ["OUT"]) / "gpu_models.json" if "OUT" in os.environ else None)
+    arguments = parser.parse_args()
+    model = load_model(arguments.model)
+    rows = [_logits(model), *_decoding(model), *_pruning(model)]
+    report = {**environment(), "command": " ".join(sys.argv), "model": model.model_id, "rows": rows}
+    for row in rows:
+        print(json.dumps(row))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    sys.exit(0 if all(row["ok"] for row in rows) else 1)
+
+
+def _logits(model: Model) -> dict[str, Any]:
+    """Logits of one whole pass in the device's dtype against the same pass in f32 on the same weights."""
+    ids = np.asarray(model.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 20))[None]
+    logits = np.asarray(Target(model.target).logits(ids), np.float32)
+    wide = jax.tree.map(lambda leaf: leaf, model.target)
+    wide.dtype = jnp.dtype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        expected = np.asarray(Target(wide).logits(ids), np.float32)
+    agree = float((logits.argmax(-1) == expected.argmax(-1)).mean())
+    return {"check": "logits against f32 activations", "top1_agree": agree, "ok": bool(agree > 0.9 and np.isfinite(logits).all())}
+
+
+def _decoding(model: Model) -> list[dict[str, Any]]:
+    """Plain decoding, and DFlash with a random drafter: the same tokens."""
+    drafted = dataclasses.replace(model, drafter=_random_drafter(model))
+    rows, answers = [], {}
+    for name, options in (("plain", {"dflash": "off"}), ("DFlash, random drafter", {"dflash": "on"})):
+        with contextlib.closing(Engine(drafted, pflash="off", **options)) as engine:
+            started = time.perf_counter()
+            engine.warm_up()
+            warm = time.perf_counter() - started
+            engine.generate(CHAT, max_tokens=16)
+            result = engine.generate(CHAT, max_tokens=256, ignore_eos=True)
+            sampled = engine.generate(CHAT, max_tokens=64, temperature=0.8, top_p=0.9, seed=7, ignore_eos=True)
+            answers[name] = (result.token_ids, sampled.token_ids)
+            times = engine._shared.times
+            rows.append(
+                {
+                    "check": name,
+                    "warm_up_s": round(warm, 2),
+                    "tok_s": round(result.stats.decode_tokens_per_second, 1),
+                    "step_ms": round(1000 * (times.plain if name == "plain" else times.block), 3),
+                    "equal_tokens": answers[name] == answers["plain"],
+                    "text": result.text[:60],
+                    "ok": answers[name] == answers["plain"],
+                }
+            )
+    return rows
+
+
+def _pruning(model: Model) -> list[dict[str, Any]]:
+    """A fact hidden in a long conversation, with and without PFlash."""
+    rows = []
+    longest = min(24_000, 3 * model.target.config.context_length)
+    for name, options in (("whole prompt", {"pflash": "off"}), ("PFlash", {"pflash": "on", "keep_ratio": 0.25})):
+        with contextlib.closing(Engine(model, max_sessions=1, **options)) as engine:
+            engine.warm_up()
+            found, seconds, kept = [], [], []
+            for index, needle in enumerate(NEEDLES):
+                result = engine.generate(conversation(longest, needle, depth=0.4, offset=90_000 * index), max_tokens=24)
+                found.append(needle.answer in result.text)
+                seconds.append(result.stats.time_to_first_token)
+                kept.append(result.stats.pflash.kept_tokens if result.stats.pflash else result.stats.prompt_tokens)
+            figures = {"found": sum(found), "of": len(found), "ttft_s": round(float(np.mean(seconds[1:])), 4), "kept_tokens": kept}
+            rows.append({"check": name, **figures, "prompt_tokens": result.stats.prompt_tokens, "ok": sum(found) >= 1})
+    return rows
+
+
+def _random_drafter(model: Model) -> Drafter:
+    target = model.target.config
+    layer = target.layers[0]
+    config = DrafterConfig(
+        hidden_size=target.hidden_size,
+        num_heads=target.num_heads,
+        num_kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_dim,
+        mlp_width=layer.mlp_width,
+        norm_eps=target.norm_eps,
+        rope=layer.rope,
+        block_size=16,
+        mask_id=0,
+        target_layers=default_target_layers(target.num_layers, 3),
+        windows=(None, None),
+        causal=(False, False),
+        num_target_layers=target.num_layers,
+        vocab_size=target.vocab_size,
+    )
+    parameters = {name: value.astype(model.profile.dtype) for name, value in random_drafter(config).items()}
+    return Drafter(config, parameters, dtype=model.profile.dtype)
+
+
+if __name__ == "__main__":
+    main()
