@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,32 @@ def tokenizer_json(fields: Mapping[str, Any], path: Path) -> str:
     kind = fields["tokenizer.ggml.model"].contents()
     if kind != "gpt2":
         raise CheckpointError(f"{path}: tokenizer {kind!r} is not supported in GGUF; supported: gpt2 (byte-level BPE)")
+    needed = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
+    for key in needed:
+        if key not in fields:
+            raise CheckpointError(f"{path}: metadata {key} is missing; the file is damaged or of another tokenizer")
     pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "default"
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    types = fields["tokenizer.ggml.token_type"].contents()
-    merges = [tuple(_split_merge(merge)) for merge in fields["tokenizer.ggml.merges"].contents()]
-    backend = tokenizers.Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-    backend.pre_tokenizer = _pre_tokenizer(pre, path)
+    splitter = _pre_tokenizer(pre, path)
+    begins = "tokenizer.ggml.add_bos_token" in fields and fields["tokenizer.ggml.add_bos_token"].contents()
+    bos = fields["tokenizer.ggml.bos_token_id"].contents() if begins and "tokenizer.ggml.bos_token_id" in fields else None
+    tokens, types, merges = (fields[key].contents() for key in needed)
+    try:
+        return _byte_level_bpe(tokens, types, merges, splitter, bos).to_str()
+    except Exception as error:  # the tokenizers package raises bare Exceptions
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: the vocabulary does not fit together: {reason}; fetch the file again") from error
+
+
+def _byte_level_bpe(
+    tokens: Sequence[str],
+    types: Sequence[int],
+    merges: Sequence[str],
+    splitter: pre_tokenizers.PreTokenizer,
+    bos: int | None,
+) -> tokenizers.Tokenizer:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [_split_merge(merge) for merge in merges]))
+    backend.pre_tokenizer = splitter
     backend.decoder = decoders.ByteLevel()
     added = [
         AddedToken(token, special=type_ == _SPECIAL, normalized=False)
@@ -41,13 +61,11 @@ def tokenizer_json(fields: Mapping[str, Any], path: Path) -> str:
     ]
     backend.add_special_tokens([token for token in added if token.special])
     backend.add_tokens([token for token in added if not token.special])
-    begins = "tokenizer.ggml.add_bos_token" in fields and fields["tokenizer.ggml.add_bos_token"].contents()
-    if begins and "tokenizer.ggml.bos_token_id" in fields:
-        bos = int(fields["tokenizer.ggml.bos_token_id"].contents())
+    if bos is not None:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", pair=None, special_tokens=[(tokens[bos], bos)]
         )
-    return backend.to_str()
+    return backend
 
 
 def _pre_tokenizer(pre: str, path: Path) -> pre_tokenizers.PreTokenizer:
@@ -64,7 +82,7 @@ def _pre_tokenizer(pre: str, path: Path) -> pre_tokenizers.PreTokenizer:
     raise CheckpointError(f"{path}: pre-tokenizer {pre!r} is not supported in GGUF; supported: {known}")
 
 
-def _split_merge(merge: str) -> list[str]:
+def _split_merge(merge: str) -> tuple[str, str]:
     # A merged token may itself begin with a space-like character: the separator is the first space after it.
     place = merge.index(" ", 1)
-    return [merge[:place], merge[place + 1 :]]
+    return merge[:place], merge[place + 1 :]

@@ -16,6 +16,9 @@ from typing import Any
 FAMILIES = ("llama", "qwen3")
 """Families whose numbers are tested against a reference implementation."""
 
+_MISTRAL_WINDOW = 4096
+"""What transformers takes for a Mistral config without the field; one with null has full attention."""
+
 
 class ConfigError(ValueError):
     """A model description that this engine cannot serve; the message says what was found and what is supported."""
@@ -102,7 +105,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     final_softcap: float | None = None
     attention_bias: bool = False
-    """Bias on q, k and v."""
+    """Bias on q, k and v, not on o."""
 
     @property
     def num_layers(self) -> int:
@@ -154,11 +157,14 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"hidden_act {config['hidden_act']!r} is not supported for family {family}; supported: silu")
     if config.get("mlp_bias"):
         raise ConfigError("mlp_bias true is not supported")
-    window = config.get("sliding_window") if config.get("use_sliding_window", family == "llama") else None
-    if window and family == "llama":
-        layer = dataclasses.replace(layer, window=int(window))
-    elif window:
-        raise ConfigError(f"sliding_window {window} is not supported for family {family}")
+    if config.get("attention_bias"):
+        # In these families it means a bias on the output projection too, which the decoder does not have.
+        raise ConfigError(f"attention_bias true is not supported for family {family}; supported: false")
+    if config["model_type"] == "mistral":
+        window = config.get("sliding_window", _MISTRAL_WINDOW)
+        layer = dataclasses.replace(layer, window=int(window) if window else None)
+    elif family != "llama" and config.get("use_sliding_window") and config.get("sliding_window"):
+        raise ConfigError(f"sliding_window {config['sliding_window']} is not supported for family {family}")
     return ModelConfig(
         family=family,
         vocab_size=vocab_size,
@@ -171,7 +177,6 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         stop_ids=_ids(config.get("eos_token_id")),
         bos_id=next(iter(_ids(config.get("bos_token_id"))), None),
         qk_norm=family == "qwen3",
-        attention_bias=bool(config.get("attention_bias", False)),
     )
 
 

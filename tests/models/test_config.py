@@ -101,6 +101,23 @@ def test_several_stop_ids_are_kept() -> None:
     assert from_hf({**SMOLLM2, "eos_token_id": [128001, 128008, 128009]}).stop_ids == (128001, 128008, 128009)
 
 
+# transformers applies the field in Mistral models alone, and 4096 where a Mistral config does not say.
+@pytest.mark.parametrize(
+    ("change", "window"),
+    [
+        ({"sliding_window": 4096}, None),
+        ({"sliding_window": 4096, "use_sliding_window": True}, None),
+        ({"model_type": "mistral", "sliding_window": 512}, 512),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral"}, 4096),
+        ({"model_type": "qwen3", "sliding_window": 4096}, None),
+        ({"model_type": "qwen3", "sliding_window": 4096, "use_sliding_window": False}, None),
+    ],
+)
+def test_a_window_is_applied_where_transformers_applies_it(change: dict[str, Any], window: int | None) -> None:
+    assert {layer.window for layer in from_hf({**SMOLLM2, **change}).layers} == {window}
+
+
 @pytest.mark.parametrize(
     ("change", "found", "wanted"),
     [
@@ -111,6 +128,8 @@ def test_several_stop_ids_are_kept() -> None:
         ({"vocab_size": -1}, "-1", "whole number"),
         ({"hidden_act": "relu"}, "'relu'", "supported: silu"),
         ({"mlp_bias": True}, "mlp_bias", "not supported"),
+        ({"attention_bias": True}, "attention_bias true", "family llama"),
+        ({"attention_bias": True, "model_type": "qwen3"}, "attention_bias true", "family qwen3"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'", "supported: default, linear, llama3"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor", "llama3"),
         ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4096}, "4096", "not supported"),
