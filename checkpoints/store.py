@@ -10,6 +10,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,10 +31,11 @@ FORMAT = "dflash-jax/1"
 """Written to config.json; a folder of another version must be converted again."""
 
 _WEIGHTS = "weights"
+_SAYS_FULL = re.compile(r"No space left|ENOSPC|Disk quota exceeded")
 
 
 def is_converted(path: Path) -> bool:
-    """Whether a folder was written by `write_folder`, of this or another version."""
+    """Whether a folder was written through `new_folder`, by this or another version."""
     try:
         description = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -49,8 +52,12 @@ def read_description(path: Path) -> tuple[dict[str, Any], ModelConfig | DrafterC
         raise CheckpointError(f"{file}: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}; convert the model again") from error
-    if description.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {description.get('format')!r}, this version reads {FORMAT!r}: convert the model again")
+    found = description.get("format") if isinstance(description, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT!r}: convert the model again")
+    lacking = [name for name in ("role", "weights", "group_size", "config") if name not in description]
+    if lacking:
+        raise CheckpointError(f"{file} lacks the field {lacking[0]}: convert the model again")
     record = DrafterConfig if description.get("role") == "drafter" else ModelConfig
     return description, record.from_json(json.dumps(description.get("config")))
 
@@ -63,22 +70,23 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and not is_converted(out):
         raise CheckpointError(f"{out} exists and is not a converted folder: choose another place or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
+    temporary = _beside(out, "new")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        temporary.mkdir()
         yield temporary
         _flush(temporary)
         _replace(temporary, out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(f"the disk of {out.parent} is full: free some space or choose another place") from error
-        raise
-    except ValueError as error:
-        # Orbax reports a full disk in the words of its storage library.
-        if not isinstance(error, CheckpointError) and "No space left" in str(error):
-            raise CheckpointError(f"the disk of {out.parent} is full: free some space or choose another place") from error
+    except (OSError, ValueError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # Orbax reports a full disk as a ValueError, in the words of its storage library.
+        if full or _SAYS_FULL.search(str(error)):
+            raise CheckpointError(
+                f"the disk of {out.parent} is full: free some space or choose another place"
+            ) from error
+        if isinstance(error, OSError):
+            raise CheckpointError(f"cannot write {out}: {error.strerror or error}; choose another place") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -92,7 +100,11 @@ def write_weights(folder: Path, parameters: Mapping[str, Weight]) -> None:
 
 
 def write_texts(
-    folder: Path, config: ModelConfig | DrafterConfig, facts: Mapping[str, Any], tokenizer_json: str | None, chat_template: str | None
+    folder: Path,
+    config: ModelConfig | DrafterConfig,
+    facts: Mapping[str, Any],
+    tokenizer_json: str | None,
+    chat_template: str | None,
 ) -> None:
     """Everything but the weights. `facts` are role, weights format and group size."""
     description = {"format": FORMAT, **facts, "config": json.loads(config.to_json())}
@@ -157,10 +169,15 @@ def _replace(temporary: Path, out: Path) -> None:
         except OSError:
             if not is_converted(out):  # somebody else may have finished the same conversion
                 raise
-    old = out.with_name(f".{out.name}.{os.getpid()}.old.tmp")
+    old = _beside(out, "old")
     out.rename(old)
     temporary.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(out: Path, label: str) -> Path:
+    """A name beside `out` that says which process made it; no two conversions share one."""
+    return out.with_name(f".{out.name}.{os.getpid()}.{label}-{secrets.token_hex(4)}.tmp")
 
 
 def _remove_leftovers(out: Path) -> None:

@@ -1,8 +1,8 @@
 """Speculative prefill (PFlash) and block-diffusion decoding (DFlash) for one big model on one GPU, in JAX.
 
-    target = dflash_jax.load_target(path)
-    engine = dflash_jax.Engine.load(path, drafter=..., pflash="auto", dflash="auto")
-    result = engine.generate("Hello", max_tokens=20)
+target = dflash_jax.load_target(path)
+engine = dflash_jax.Engine.load(path, drafter=..., pflash="auto", dflash="auto")
+result = engine.generate("Hello", max_tokens=20)
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "Target", "load_target"]
 
-_HOMES = {"Engine": "dflash_jax.engine.engine", "Target": "dflash_jax.engine.target", "load_target": "dflash_jax.engine.target"}
+_HOMES = {
+    "Engine": "dflash_jax.engine.engine",
+    "Target": "dflash_jax.engine.target",
+    "load_target": "dflash_jax.engine.target",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,8 @@ TARGET = ModelConfig(
     vocab_size=VOCABULARY,
     hidden_size=48,
     num_heads=4,
-    layers=(LayerConfig(head_dim=16, num_kv_heads=2, mlp_width=80, attention_scale=0.25, rope=RopeConfig(theta=1e4)),) * 4,
+    layers=(LayerConfig(head_dim=16, num_kv_heads=2, mlp_width=80, attention_scale=0.25, rope=RopeConfig(theta=1e4)),)
+    * 4,
     norm_eps=1e-5,
     context_length=256,
     tied_embeddings=True,

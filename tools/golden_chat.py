@@ -24,14 +24,16 @@ WEATHER = {
     "type": "function",
     "function": {
         "name": "weather",
-        "description": "The weather's state at \"place\" <now> \u00e9",
+        "description": 'The weather\'s state at "place" <now> \u00e9',
         "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
     },
 }
 
 
 def called(arguments: Any, content: str | None = "") -> dict[str, Any]:
-    calls = [{"id": f"call_{n}", "type": "function", "function": {"name": "weather", "arguments": arguments}} for n in (1, 2)]
+    calls = [
+        {"id": f"call_{n}", "type": "function", "function": {"name": "weather", "arguments": arguments}} for n in (1, 2)
+    ]
     return {"role": "assistant", "content": content, "tool_calls": calls}
 
 

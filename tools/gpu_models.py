@@ -1,19 +1,15 @@
 """Model paths on the device: the real default model and a random drafter through prefill, decoding, DFlash and PFlash.
 
-    python tools/gpu_models.py [--model MODEL] [--json FILE]
-
-Prints a table and exits with status 1 if a check fails. On a GPU this is the proof that CI cannot give.
+The second half of tools/gpu_check.py, which runs it.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
-import os
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +19,31 @@ import numpy as np
 
 from checkpoints.random_models import random_drafter
 from dflash_jax.bench.haystack import NEEDLES, conversation
-from dflash_jax.bench.report import environment
 from dflash_jax.engine.engine import Engine
 from dflash_jax.engine.loading import Model, load_model
 from dflash_jax.engine.target import Target
 from dflash_jax.models.config import DrafterConfig, default_target_layers
 from dflash_jax.models.drafter import Drafter
 
-CHAT = [{"role": "user", "content": "Write a Python function that returns the n-th Fibonacci number, with a docstring."}]
+CHAT = [
+    {"role": "user", "content": "Write a Python function that returns the n-th Fibonacci number, with a docstring."}
+]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--json", type=Path, default=Path(os.environ["OUT"]) / "gpu_models.json" if "OUT" in os.environ else None)
-    arguments = parser.parse_args()
-    model = load_model(arguments.model)
-    rows = [_logits(model), *_decoding(model), *_pruning(model)]
-    report = {**environment(), "command": " ".join(sys.argv), "model": model.model_id, "rows": rows}
-    for row in rows:
-        print(json.dumps(row))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    sys.exit(0 if all(row["ok"] for row in rows) else 1)
+def model_rows(path: Path | None) -> tuple[str, list[dict[str, Any]]]:
+    """The model's name and the rows of all checks, printed as they come."""
+    model = load_model(path)
+    rows = []
+    for row in _rows(model):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return model.model_id, rows
+
+
+def _rows(model: Model) -> Iterator[dict[str, Any]]:
+    yield _logits(model)
+    yield from _decoding(model)
+    yield from _pruning(model)
 
 
 def _logits(model: Model) -> dict[str, Any]:
@@ -57,7 +55,11 @@ def _logits(model: Model) -> dict[str, Any]:
     with jax.default_matmul_precision("highest"):
         expected = np.asarray(Target(wide).logits(ids), np.float32)
     agree = float((logits.argmax(-1) == expected.argmax(-1)).mean())
-    return {"check": "logits against f32 activations", "top1_agree": agree, "ok": bool(agree > 0.9 and np.isfinite(logits).all())}
+    return {
+        "check": "logits against f32 activations",
+        "top1_agree": agree,
+        "ok": bool(agree > 0.9 and np.isfinite(logits).all()),
+    }
 
 
 def _decoding(model: Model) -> list[dict[str, Any]]:
@@ -101,7 +103,12 @@ def _pruning(model: Model) -> list[dict[str, Any]]:
                 found.append(needle.answer in result.text)
                 seconds.append(result.stats.time_to_first_token)
                 kept.append(result.stats.pflash.kept_tokens if result.stats.pflash else result.stats.prompt_tokens)
-            figures = {"found": sum(found), "of": len(found), "ttft_s": round(float(np.mean(seconds[1:])), 4), "kept_tokens": kept}
+            figures = {
+                "found": sum(found),
+                "of": len(found),
+                "ttft_s": round(float(np.mean(seconds[1:])), 4),
+                "kept_tokens": kept,
+            }
             rows.append({"check": name, **figures, "prompt_tokens": result.stats.prompt_tokens, "ok": sum(found) >= 1})
     return rows
 
@@ -127,7 +134,3 @@ def _random_drafter(model: Model) -> Drafter:
     )
     parameters = {name: value.astype(model.profile.dtype) for name, value in random_drafter(config).items()}
     return Drafter(config, parameters, dtype=model.profile.dtype)
-
-
-if __name__ == "__main__":
-    main()

@@ -74,7 +74,11 @@ def _answers(model: Model, prompts: int) -> dict[str, int]:
     settings = {"whole prompt": {"pflash": "off"}}
     for positions in ("original", "compact"):
         for ratio in (0.15, 0.25, 0.4):
-            settings[f"{positions} positions, keep {ratio}"] = {"pflash": "on", "positions": positions, "keep_ratio": ratio}
+            settings[f"{positions} positions, keep {ratio}"] = {
+                "pflash": "on",
+                "positions": positions,
+                "keep_ratio": ratio,
+            }
     for name, options in settings.items():
         with contextlib.closing(Engine(model, max_sessions=1, **options)) as engine:
             cases = [_case(index) for index in range(prompts)]

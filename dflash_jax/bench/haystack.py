@@ -20,9 +20,13 @@ class Needle:
 
 
 NEEDLES = (
-    Needle("The secret code for the vault in Lisbon is 48213.", "What is the secret code for the vault in Lisbon?", "48213"),
+    Needle(
+        "The secret code for the vault in Lisbon is 48213.", "What is the secret code for the vault in Lisbon?", "48213"
+    ),
     Needle("Marta's cat is called Pudding and it only eats smoked salmon.", "What is Marta's cat called?", "Pudding"),
-    Needle("The auditors moved their meeting to room B12.", "To which room did the auditors move their meeting?", "B12"),
+    Needle(
+        "The auditors moved their meeting to room B12.", "To which room did the auditors move their meeting?", "B12"
+    ),
     Needle("The gardener planted 37 tulips behind the old mill.", "How many tulips did the gardener plant?", "37"),
 )
 

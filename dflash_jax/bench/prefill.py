@@ -99,7 +99,15 @@ def _row(plain: Result, fast: Result, answer: str | None) -> dict[str, Any]:
 
 def _print(report: dict[str, Any]) -> None:
     table = Table(title=f"{report['model']} on {report['device']}")
-    for title in ("prompt", "kept", "plain TTFT s", "PFlash TTFT s", "of it scoring", "speedup", "fact found plain / PFlash"):
+    for title in (
+        "prompt",
+        "kept",
+        "plain TTFT s",
+        "PFlash TTFT s",
+        "of it scoring",
+        "speedup",
+        "fact found plain / PFlash",
+    ):
         table.add_column(title, justify="right")
     for row in report["rows"]:
         found = "-" if row["found_plain"] is None else f"{row['found_plain']} / {row['found_pflash']}"

@@ -27,7 +27,11 @@ def read_prompts(path: Path | None) -> list[Prompt]:
     """
     own = importlib.resources.files("dflash_jax.bench") / "prompts.jsonl"
     text = own.read_text(encoding="utf-8") if path is None else path.read_text(encoding="utf-8")
-    return [_prompt(line, f"{path or 'prompts.jsonl'}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [
+        _prompt(line, f"{path or 'prompts.jsonl'}, line {n}")
+        for n, line in enumerate(text.splitlines(), 1)
+        if line.strip()
+    ]
 
 
 def _prompt(line: str, where: str) -> Prompt:

@@ -25,6 +25,7 @@ _LEAST_DROPPABLE = 64
 _LEAST_PROMPT = 1024
 """A shorter prompt is dense: its tokens matter and its prefill is quick. `auto` leaves it alone."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Gate:
     """When scoring is worth its time. `cost` is the scorer's work per token as a fraction of the target's."""

@@ -26,8 +26,8 @@ from dflash_jax.engine.request import (
     Event,
     Finished,
     FinishReason,
-    PflashStats,
     PflashScope,
+    PflashStats,
     Sampling,
     Stats,
     TextDelta,
@@ -35,7 +35,6 @@ from dflash_jax.engine.request import (
 from dflash_jax.engine.stop import StopFinder
 from dflash_jax.engine.tokenizer import IncrementalDecoder, Tokenizer
 from dflash_jax.speculate.pace import Pace, StepTimes
-
 
 follow = jax.jit(update, static_argnames="rule")
 """The controller's rule as one program."""
@@ -97,7 +96,9 @@ class Answer:
         """Runs the answer; yields after each visit to the device. Closing it frees the session's slot."""
         shared, job = self._shared, self.job
         session, known = shared.store.begin(job.prompt.token_ids, job.session)
-        self._cached = int(np.flatnonzero(session.kept)[session.length]) if session.length < session.kept.sum() else known
+        self._cached = (
+            int(np.flatnonzero(session.kept)[session.length]) if session.length < session.kept.sum() else known
+        )
         try:
             kept = np.ones(len(job.prompt) - known, np.bool_)
             keep_ratio = self._keep_ratio(session)
@@ -132,7 +133,9 @@ class Answer:
         fixed = self._shared.fixed_keep_ratio
         return float(session.controller.keep_ratio) if fixed is None else fixed
 
-    def _compress(self, session: Session, known: int, mask: np.ndarray, keep_ratio: float) -> Generator[None, None, np.ndarray]:
+    def _compress(
+        self, session: Session, known: int, mask: np.ndarray, keep_ratio: float
+    ) -> Generator[None, None, np.ndarray]:
         """Scores what is new in the prompt (all after the first `known` tokens) and returns which of it is kept."""
         shared, prompt = self._shared, self.job.prompt
         programs, store, page_size = shared.programs, shared.store, shared.store.page_size
@@ -210,7 +213,9 @@ class Answer:
         )
         pace = Pace()
         while True:
-            draft = programs.has_drafter and (shared.dflash == "on" or (shared.dflash == "auto" and pace.drafts(shared.times)))
+            draft = programs.has_drafter and (
+                shared.dflash == "on" or (shared.dflash == "auto" and pace.drafts(shared.times))
+            )
             step_time = shared.times.block if draft else shared.times.plain
             max_steps = max(1, min(profile.max_steps, round(profile.visit_seconds / step_time)))
             rows = profile.block_rows if draft else profile.plain_rows

@@ -61,7 +61,9 @@ def build_prompt(
         ranges = _content_ranges(base, render([_mark(m, index) for index, m in enumerate(guarded)]))
     except RequestError:  # the template reads the content so closely that marks upset it: then all is structure
         ranges = {}
-    contents = {index: range_ for index, range_ in ranges.items() if text[slice(*range_)] == normal[index]["content"].strip()}
+    contents = {
+        index: range_ for index, range_ in ranges.items() if text[slice(*range_)] == normal[index]["content"].strip()
+    }
     return Prompt(ids, spans_from_labels(_labels(offsets, contents), {i: messages[i]["role"] for i in contents}))
 
 
@@ -89,8 +91,12 @@ def _normalise(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object, not {_kind(message)}", param=where)
     if message.get("role") not in ROLES:
-        raise RequestError(f"{where}.role is {message.get('role')!r}: expected one of {', '.join(ROLES)}", param=f"{where}.role")
-    normal: dict[str, Any] = {str(key): _clean(value) for key, value in message.items() if key not in ("content", "tool_calls")}
+        raise RequestError(
+            f"{where}.role is {message.get('role')!r}: expected one of {', '.join(ROLES)}", param=f"{where}.role"
+        )
+    normal: dict[str, Any] = {
+        str(key): _clean(value) for key, value in message.items() if key not in ("content", "tool_calls")
+    }
     normal["content"] = _clean(_content_text(message.get("content"), f"{where}.content"))
     if message.get("tool_calls"):
         normal["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
@@ -111,7 +117,9 @@ def _content_text(content: Any, where: str) -> str:
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
         if not isinstance(part, Mapping) or kind != "text":
-            raise RequestError(f"{where}[{index}] has type {kind!r}: this model takes parts of type 'text' only", param=where)
+            raise RequestError(
+                f"{where}[{index}] has type {kind!r}: this model takes parts of type 'text' only", param=where
+            )
         if not isinstance(part.get("text"), str):
             raise RequestError(f"{where}[{index}].text must be a string, not {_kind(part.get('text'))}", param=where)
         texts.append(part["text"])
@@ -142,7 +150,15 @@ def _parse_object(text: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array", dict: "object"}
+    names = {
+        type(None): "null",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        str: "string",
+        list: "array",
+        dict: "object",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -175,7 +191,9 @@ def _control_strings(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[re.P
         return re.compile("|".join(re.escape(s) for s in strings)) if strings else _NEVER
 
     special = [s for s in tokenizer.special_strings if len(s) > 1]
-    markup = [s for s in tokenizer.added_strings if len(s) > 2 and s[0] + s[-1] in ("<>", "[]") and s in template.literals]
+    markup = [
+        s for s in tokenizer.added_strings if len(s) > 2 and s[0] + s[-1] in ("<>", "[]") and s in template.literals
+    ]
     return pattern(special), pattern(special + markup)
 
 

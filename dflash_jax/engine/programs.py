@@ -76,9 +76,7 @@ class Programs:
         page_size = profile.page_size
         self._prefill = self._compile(prefill, page_size=page_size)
         self._decode = {
-            draft: self._compile(
-                decode, draft=draft, rows=rows, capacity=profile.max_steps * rows, page_size=page_size
-            )
+            draft: self._compile(decode, draft=draft, rows=rows, capacity=profile.max_steps * rows, page_size=page_size)
             for draft, rows in ((False, profile.plain_rows), (True, profile.block_rows))
         }
         self._read = self._compile_scorer(read_chunk, donated=(1, 2), depth=depth, page_size=page_size)
@@ -112,13 +110,9 @@ class Programs:
     def prefill_chunk(self, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int) -> None:
         """Stores K and V of as many tokens as one of the profile's chunks has rows at most."""
         tokens, positions = self._pad(tokens), self._pad(positions)
-        self.pools = self._prefill(
-            self._leaves, self.pools, tokens, positions, table, np.asarray([start], np.int32)
-        )
+        self.pools = self._prefill(self._leaves, self.pools, tokens, positions, table, np.asarray([start], np.int32))
 
-    def decode(
-        self, slots: Slots, sampling: SamplingParameters, *, draft: bool, max_steps: int
-    ) -> tuple[Visit, Slots]:
+    def decode(self, slots: Slots, sampling: SamplingParameters, *, draft: bool, max_steps: int) -> tuple[Visit, Slots]:
         """One visit: the device decodes up to `max_steps` steps."""
         visit, self.pools, slots = self._decode[draft](
             self._leaves, self.pools, slots, sampling, np.int32(min(max_steps, self.profile.max_steps))
@@ -128,7 +122,9 @@ class Programs:
     def new_keys(self) -> Keys:
         """Buffers for the keys of one prompt that is being scored."""
         tokens = self.pages_per_sequence * self.profile.page_size
-        room = -(-self.profile.chunks[-1] // self.profile.page_size) * self.profile.page_size  # for a half-empty last chunk
+        room = (
+            -(-self.profile.chunks[-1] // self.profile.page_size) * self.profile.page_size
+        )  # for a half-empty last chunk
         config = self._scorer_config or self._target_config
         return put(empty_keys(config, self._depth, tokens=tokens + room, dtype=self.profile.dtype))
 

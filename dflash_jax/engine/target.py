@@ -31,9 +31,7 @@ class Target:
         """f32 logits after every token."""
         return _logits(self._graph, self._state, self._dtype, jnp.asarray(ids, jnp.int32))
 
-    def features(
-        self, ids: Int[Array, "batch tokens"], layers: Sequence[int]
-    ) -> Float[Array, "batch tokens features"]:
+    def features(self, ids: Int[Array, "batch tokens"], layers: Sequence[int]) -> Float[Array, "batch tokens features"]:
         """f32 residual streams after the given 0-based layers, concatenated: what a drafter reads."""
         wrong = [layer for layer in layers if not 0 <= layer < self.config.num_layers]
         if wrong or not layers:

@@ -50,7 +50,9 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation. Raises RequestError when the template refuses it, or when there is no template."""
         if self._template is None:
-            raise RequestError("this model has no chat template: send `prompt` (plain text) instead of `messages`", param="messages")
+            raise RequestError(
+                "this model has no chat template: send `prompt` (plain text) instead of `messages`", param="messages"
+            )
         try:
             return self._template.render(
                 **{"bos_token": self.bos, "eos_token": self.eos, "documents": None, **variables},
@@ -58,9 +60,13 @@ class ChatTemplate:
                 tools=tools or None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except Exception as error:  # a template is the model's own program: whatever it raises, it refuses this conversation
+        except (
+            Exception
+        ) as error:  # a template is the model's own program: whatever it raises, it refuses this conversation
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RequestError(f"the model's chat template cannot render these messages: {reason}", param="messages") from error
+            raise RequestError(
+                f"the model's chat template cannot render these messages: {reason}", param="messages"
+            ) from error
 
 
 class _Generation(jinja2.ext.Extension):

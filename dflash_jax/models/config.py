@@ -145,10 +145,10 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     hidden, heads = _count(config, "hidden_size", where), _count(config, "num_attention_heads", where)
     num_layers, width = _count(config, "num_hidden_layers", where), _count(config, "intermediate_size", where)
     vocab_size = _count(config, "vocab_size", where)
-    head_dim = int(config.get("head_dim") or hidden // heads)
+    head_dim = _optional_count(config, "head_dim", where, hidden // heads)
     layer = LayerConfig(
         head_dim=head_dim,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        num_kv_heads=_optional_count(config, "num_key_value_heads", where, heads),
         mlp_width=width,
         attention_scale=head_dim**-0.5,
         rope=_rope(config),
@@ -186,6 +186,10 @@ def _count(fields: Mapping[str, Any], name: str, where: str, least: int = 1) -> 
         given = "missing" if value is None else repr(value)
         raise ConfigError(f"{where}: {name} is {given}, expected a whole number of at least {least}")
     return value
+
+
+def _optional_count(fields: Mapping[str, Any], name: str, where: str, default: int) -> int:
+    return default if fields.get(name) is None else _count(fields, name, where)
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -299,8 +303,8 @@ def drafter_from_hf(config: Mapping[str, Any]) -> DrafterConfig:
     return DrafterConfig(
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        num_kv_heads=_optional_count(config, "num_key_value_heads", where, heads),
+        head_dim=_optional_count(config, "head_dim", where, hidden // heads),
         mlp_width=width,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=_rope(config),

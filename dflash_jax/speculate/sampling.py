@@ -27,7 +27,7 @@ class SamplingParameters:
     seed: UInt32[Array, "slots 2"]
 
 
-def greedy(logits: Float[Array, "... vocab"]) -> Int[Array, "..."]:
+def greedy(logits: Float[Array, "... vocab"]) -> Int[Array, ...]:
     """The first of the largest logits, i32; as `argmax`, in two reductions that vectorise on a CPU."""
     vocabulary = logits.shape[-1]
     top = jnp.max(logits, axis=-1, keepdims=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_attention import reference
+from pallas_kernels.block_attention import reference, triton
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "triton")
 
 
 def block_attention(
@@ -37,8 +38,19 @@ def block_attention(
         raise NotImplementedError(
             f"block_attention has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
         )
-    return reference.block_attention(
-        queries, key_pool, value_pool, page_table, starts, page_size=page_size, scale=scale, window=window, causal=causal
+    if implementation is None:
+        implementation = _default(queries.shape[-1], page_size)
+    chosen = triton if implementation == "triton" else reference
+    return chosen.block_attention(
+        queries,
+        key_pool,
+        value_pool,
+        page_table,
+        starts,
+        page_size=page_size,
+        scale=scale,
+        window=window,
+        causal=causal,
     )
 
 
@@ -51,3 +63,9 @@ def _check(queries: Array, key_pool: Array, value_pool: Array, page_size: int) -
             f"queries have {heads} heads of {head_dim}, pools {key_pool.shape} and {value_pool.shape}: "
             "expected equal pools [tokens, kv_heads, head_dim] with kv_heads dividing heads"
         )
+
+
+def _default(head_dim: int, page_size: int) -> str:
+    """Triton on a GPU for the sizes that it takes; the reference elsewhere."""
+    fits = not head_dim & (head_dim - 1) and not page_size & (page_size - 1) and min(head_dim, page_size) >= 16
+    return "triton" if jax.default_backend() == "gpu" and fits else "reference"

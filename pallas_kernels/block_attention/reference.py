@@ -69,7 +69,11 @@ def block_attention(
     first_page = jnp.maximum(jnp.min(first_seen), 0) // page_size
     end_page = jnp.minimum(jnp.max(last_seen) // page_size + 1, page_table.shape[1])
     shape = (batch, kv_heads, rows * group)
-    state = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, head_dim), jnp.float32))
+    state = (
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
     _, total, mixed = jax.lax.fori_loop(first_page, end_page, visit, state)
     mixed = mixed / jnp.where(total == 0, 1.0, total)[..., None]
     mixed = mixed.reshape(batch, kv_heads, rows, group, head_dim).transpose(0, 2, 1, 3, 4)

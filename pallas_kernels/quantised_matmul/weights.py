@@ -116,7 +116,7 @@ def dequantise(weight: Weight, in_features: int | None = None) -> Float[Array, "
     return weight.astype(jnp.float32)
 
 
-def take_rows(weight: Weight, ids: Int[Array, "..."]) -> Float[Array, "... K"]:
+def take_rows(weight: Weight, ids: Int[Array, ...]) -> Float[Array, "... K"]:
     """Rows of an embedding table, f32. Ids outside the table are clipped into it."""
     if isinstance(weight, W4):
         flat = ids.reshape(-1)
@@ -133,7 +133,9 @@ def concatenate(weights: Sequence[Weight]) -> Weight:
     """One weight whose outputs are those of all weights in turn, so that x is read once. All of one format and K."""
     formats = {(type(weight), weight.group_size) if isinstance(weight, W4) else _kind(weight) for weight in weights}
     if len(formats) != 1:
-        raise ValueError(f"weights of one format can be concatenated, got {sorted(map(str, formats))}: convert them alike")
+        raise ValueError(
+            f"weights of one format can be concatenated, got {sorted(map(str, formats))}: convert them alike"
+        )
     first = weights[0]
     if isinstance(first, W8):
         return W8(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.token_scoring import reference
+from pallas_kernels.token_scoring import reference, triton
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "triton")
 REDUCTIONS = ("mean", "max")
 
 
@@ -37,7 +38,16 @@ def token_scores(
             f"expected whole pages of {page_size} with kv_heads dividing heads"
         )
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise NotImplementedError(f"token_scores has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
-    return reference.token_scores(
-        queries, key_pool, page_table, length, page_size=page_size, scale=scale, reduce=reduce
-    )
+        raise NotImplementedError(
+            f"token_scores has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
+        )
+    if implementation is None:
+        implementation = _default(queries.shape[-1], page_size)
+    chosen = triton if implementation == "triton" else reference
+    return chosen.token_scores(queries, key_pool, page_table, length, page_size=page_size, scale=scale, reduce=reduce)
+
+
+def _default(head_dim: int, page_size: int) -> str:
+    """Triton on a GPU for the sizes that it takes; the reference elsewhere."""
+    fits = not head_dim & (head_dim - 1) and not page_size & (page_size - 1) and min(head_dim, page_size) >= 16
+    return "triton" if jax.default_backend() == "gpu" and fits else "reference"

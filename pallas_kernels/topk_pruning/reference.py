@@ -40,9 +40,7 @@ def average_pool(values: Float[Array, " S"], inside: Bool[Array, " S"], width: i
     """Mean over a centred window of the tokens that are inside; `values` are zero elsewhere."""
 
     def window_sum(x: Array) -> Array:
-        return jax.lax.reduce_window(
-            x, jnp.float32(0), jax.lax.add, (width,), (1,), (((width - 1) // 2, width // 2),)
-        )
+        return jax.lax.reduce_window(x, jnp.float32(0), jax.lax.add, (width,), (1,), (((width - 1) // 2, width // 2),))
 
     return window_sum(values) / jnp.maximum(window_sum(inside.astype(jnp.float32)), 1.0)
 

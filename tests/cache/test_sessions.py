@@ -21,7 +21,9 @@ class Device:
     def copy(self, source: int, destination: int) -> None:
         self.rows[destination] = self.rows[source]
 
-    def turn(self, ids: list[int], name: str | None = None, drop: frozenset[int] = frozenset(), answer: int = 0) -> tuple[Session, int]:
+    def turn(
+        self, ids: list[int], name: str | None = None, drop: frozenset[int] = frozenset(), answer: int = 0
+    ) -> tuple[Session, int]:
         """One request: tokens in `drop` are pruned; KV of a token is the token itself; `answer` tokens are generated."""
         prompt = np.asarray(ids, np.int32)
         session, known = self.store.begin(prompt, name)

@@ -89,7 +89,12 @@ def test_the_beginning_is_marked_only_when_the_file_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("pre", "expected"),
-    [("llama-bpe", ["123", "4"]), ("qwen2", ["1", "2", "3", "4"]), ("smollm", ["1", "2", "3", "4"]), ("gpt-2", ["1234"])],
+    [
+        ("llama-bpe", ["123", "4"]),
+        ("qwen2", ["1", "2", "3", "4"]),
+        ("smollm", ["1", "2", "3", "4"]),
+        ("gpt-2", ["1234"]),
+    ],
 )
 def test_pre_tokenizers_group_digits_as_their_models_do(pre: str, expected: list[str]) -> None:
     merges = ["1 2", "12 3", "123 4"]

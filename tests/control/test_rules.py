@@ -18,9 +18,7 @@ RULES = get_args(Rule)
 
 
 def observe(accept_length: float, *, steps: int = 8, degenerate: bool = False, compressed: bool = True) -> Observation:
-    return Observation(
-        jnp.float32(accept_length), jnp.int32(steps), jnp.asarray(degenerate), jnp.asarray(compressed)
-    )
+    return Observation(jnp.float32(accept_length), jnp.int32(steps), jnp.asarray(degenerate), jnp.asarray(compressed))
 
 
 def follow(rule: Rule, observations: Iterable[Observation], state: ControllerState | None = None) -> ControllerState:

@@ -77,7 +77,9 @@ def test_same_tokens_without_drafter_with_random_drafter_and_with_oracle(make: C
     assert oracle.stats.dflash.verify_steps == 3
 
 
-def test_a_conversation_that_goes_on_needs_little_prefill_and_answers_the_same(engine: Engine, make: Callable[..., Engine]) -> None:
+def test_a_conversation_that_goes_on_needs_little_prefill_and_answers_the_same(
+    engine: Engine, make: Callable[..., Engine]
+) -> None:
     first = engine.generate(CHAT, max_tokens=12, ignore_eos=True)
     chat = [*CHAT, {"role": "assistant", "content": first.text}, {"role": "user", "content": "Go on."}]
     second = engine.generate(chat, max_tokens=12, ignore_eos=True)
@@ -121,7 +123,9 @@ def test_prompt_beyond_the_window_is_refused_and_max_tokens_is_clamped(engine: E
     assert near.stats.prompt_tokens + near.stats.completion_tokens == 512
 
 
-@pytest.mark.parametrize("messages", [[], "text", [{"role": "wizard", "content": "x"}], [{"role": "user", "content": 5}]])
+@pytest.mark.parametrize(
+    "messages", [[], "text", [{"role": "wizard", "content": "x"}], [{"role": "user", "content": 5}]]
+)
 def test_wrong_messages_are_refused(engine: Engine, messages: Any) -> None:
     with pytest.raises(RequestError):
         engine.submit(Request(messages=messages), lambda event: None)
@@ -163,7 +167,9 @@ def test_full_queue_refuses_and_closing_drains(make: Callable[..., Engine], monk
         engine.submit(Request(messages=CHAT), lambda event: None)
 
 
-def test_a_fault_fails_one_answer_and_the_next_finds_a_working_engine(make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_fails_one_answer_and_the_next_finds_a_working_engine(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make(tiny_model(), pflash="off")
     expected = engine.generate(CHAT, max_tokens=8, ignore_eos=True).token_ids
     original = Programs.decode
@@ -219,7 +225,11 @@ def test_pruned_prompt_keeps_its_budget_and_only_grows(make: Callable[..., Engin
     assert first.stats.pflash.kept_tokens > first.stats.prompt_tokens - len(LONG)
     session = engine._shared.store._sessions[0]
     frozen = session.kept.copy()
-    chat += [{"role": "assistant", "content": first.text}, {"role": "user", "content": LONG[::-1]}, {"role": "user", "content": "And?"}]
+    chat += [
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": LONG[::-1]},
+        {"role": "user", "content": "And?"},
+    ]
     second = engine.generate(chat, max_tokens=6, ignore_eos=True)
     assert second.stats.cached_tokens >= first.stats.prompt_tokens
     assert np.array_equal(session.kept[: first.stats.prompt_tokens], frozen[: first.stats.prompt_tokens])
@@ -230,7 +240,10 @@ def test_pruned_prompt_keeps_its_budget_and_only_grows(make: Callable[..., Engin
 def test_keep_ratio_of_one_changes_nothing(make: Callable[..., Engine], engine: Engine) -> None:
     chat = [{"role": "user", "content": LONG}, {"role": "user", "content": "Well?"}]
     pruning = make(tiny_model(), pflash="on", keep_ratio=1.0)
-    assert pruning.generate(chat, max_tokens=9, ignore_eos=True).token_ids == engine.generate(chat, max_tokens=9, ignore_eos=True).token_ids
+    assert (
+        pruning.generate(chat, max_tokens=9, ignore_eos=True).token_ids
+        == engine.generate(chat, max_tokens=9, ignore_eos=True).token_ids
+    )
 
 
 def test_a_scorer_of_its_own(make: Callable[..., Engine]) -> None:

@@ -25,7 +25,17 @@ def base_url(default_model: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "dflash_jax", "serve", str(default_model), "--port", str(port), "--context-length", "4096"]
+    command = [
+        sys.executable,
+        "-m",
+        "dflash_jax",
+        "serve",
+        str(default_model),
+        "--port",
+        str(port),
+        "--context-length",
+        "4096",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 300

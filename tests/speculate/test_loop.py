@@ -75,13 +75,13 @@ def answer(
     sizes = {"num_pages": PAGES + 1, "page_size": PAGE_SIZE, "dtype": F32}
     pools = Pools(empty_pools(TARGET, **sizes), empty_drafter_pools(DRAFTER, **sizes) if drafter else ())
     table = jnp.arange(1, PAGES + 1, dtype=jnp.int32)[None]
-    positions = np.arange(len(PROMPT) - 1, dtype=np.int32)
-    pools = prefill(networks, pools, PROMPT[None, :-1], positions[None], table, np.zeros(1, np.int32), page_size=PAGE_SIZE)
+    length = len(PROMPT) - 1
 
     def one(value: int) -> jax.Array:
         return jnp.asarray([value], jnp.int32)
 
-    length = len(PROMPT) - 1
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    pools = prefill(networks, pools, jnp.asarray(PROMPT[None, :-1]), positions, table, one(0), page_size=PAGE_SIZE)
     slots = Slots(
         page_table=table,
         length=one(length),
@@ -123,7 +123,7 @@ def teacher(target: Decoder, ids: list[int]) -> np.ndarray:
     pools = empty_pools(TARGET, num_pages=PAGES + 1, page_size=PAGE_SIZE, dtype=F32)
     table = jnp.arange(1, PAGES + 1, dtype=jnp.int32)[None]
     place = Place(table, jnp.zeros(1, jnp.int32), jnp.arange(len(tokens), dtype=jnp.int32)[None], PAGE_SIZE)
-    return np.asarray(target.logits(target(tokens[None], pools, place).hidden)[0])
+    return np.asarray(target.logits(target(jnp.asarray(tokens)[None], pools, place).hidden)[0])
 
 
 def test_plain_greedy_is_the_argmax_of_one_whole_pass(target: Decoder) -> None:
@@ -194,12 +194,13 @@ def test_slots_do_not_disturb_each_other(target: Decoder) -> None:
     networks = Networks(target, None)
     pools = Pools(empty_pools(TARGET, num_pages=2 * PAGES + 1, page_size=PAGE_SIZE, dtype=F32), ())
     table = jnp.arange(1, 2 * PAGES + 1, dtype=jnp.int32).reshape(2, PAGES)
-    prompts = np.stack([PROMPT, PROMPT[::-1]])
-    positions = np.tile(np.arange(len(PROMPT) - 1, dtype=np.int32), (2, 1))
-    pools = prefill(networks, pools, prompts[:, :-1], positions, table, np.zeros(2, np.int32), page_size=PAGE_SIZE)
+    prompts = jnp.stack([PROMPT, PROMPT[::-1]])
+    positions = jnp.tile(jnp.arange(len(PROMPT) - 1, dtype=jnp.int32), (2, 1))
 
     def both(*values: int) -> jax.Array:
         return jnp.asarray(values, jnp.int32)
+
+    pools = prefill(networks, pools, prompts[:, :-1], positions, table, both(0, 0), page_size=PAGE_SIZE)
 
     length = len(PROMPT) - 1
     slots = Slots(
@@ -213,7 +214,11 @@ def test_slots_do_not_disturb_each_other(target: Decoder) -> None:
         jnp.asarray([True, True]),
     )
     parameters = SamplingParameters(
-        jnp.zeros(2, jnp.float32), both(0, 0), jnp.ones(2, jnp.float32), jnp.zeros(2, jnp.float32), jnp.zeros((2, 2), jnp.uint32)
+        jnp.zeros(2, jnp.float32),
+        both(0, 0),
+        jnp.ones(2, jnp.float32),
+        jnp.zeros(2, jnp.float32),
+        jnp.zeros((2, 2), jnp.uint32),
     )
     visit, _, slots = decode(
         networks, pools, slots, parameters, jnp.int32(64), draft=False, rows=4, capacity=64, page_size=PAGE_SIZE

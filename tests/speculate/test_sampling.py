@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from dflash_jax.speculate.sampling import SamplingParameters, greedy, sample
 
 
-def parameters(count: int, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> SamplingParameters:
+def parameters(
+    count: int, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> SamplingParameters:
     seeds = np.stack([np.zeros(count), np.arange(count)], axis=1)
     return SamplingParameters(
         temperature=jnp.full(count, temperature, jnp.float32),

@@ -1,0 +1,104 @@
+"""Token scores as two Pallas Triton kernels: softmax statistics page by page, then the mass of every token.
+
+One program works on one page, one KV head and one query row with all heads of that KV head. The statistics of the pages are put together
+between the kernels. Nothing larger than [rows, kv_heads, tokens] exists.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+_LEAST_HEADS = 16
+"""Tensor cores take 16 rows."""
+_LOWEST = -1e30
+"""Stands for minus infinity: a difference of two of them is a number."""
+
+
+def token_scores(
+    queries: Float[Array, "R H D"],
+    key_pool: Float[Array, "tokens kv_heads D"],
+    page_table: Int[Array, " P"],
+    length: Int[Array, ""],
+    *,
+    page_size: int,
+    scale: float,
+    reduce: str = "mean",
+    interpret: bool = False,
+) -> Float[Array, " scores"]:
+    """See `api.token_scores`. Raises NotImplementedError for sizes that are not powers of two."""
+    rows, heads, head_dim = queries.shape
+    kv_heads, pages = key_pool.shape[1], page_table.shape[0]
+    group = heads // kv_heads
+    for name, size in (("head_dim", head_dim), ("page_size", page_size)):
+        if size & (size - 1) or size < 16:
+            raise NotImplementedError(f"token_scores on Triton takes powers of two from 16 on, got {name} {size}")
+    padded = max(_LEAST_HEADS, pl.next_power_of_2(group))
+    grouped = queries.reshape(rows, kv_heads, group, head_dim).astype(key_pool.dtype)
+    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
+    lengths = length.astype(jnp.int32).reshape(1)
+    whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
+    query_spec = pl.BlockSpec((None, None, padded, head_dim), lambda page, head, row: (row, head, 0, 0))
+    sums_spec = pl.BlockSpec((None, None, None, padded), lambda page, head, row: (page, row, head, 0))
+    sums = jax.ShapeDtypeStruct((pages, rows, kv_heads, padded), jnp.float32)
+    static = {"page_size": page_size, "scale": scale}
+    call = functools.partial(
+        pl.pallas_call,
+        grid=(pages, kv_heads, rows),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+    )
+    highest, total = call(
+        functools.partial(_statistics_kernel, **static),
+        in_specs=[query_spec, whole, whole, whole],
+        out_specs=[sums_spec, sums_spec],
+        out_shape=[sums, sums],
+        name="token_scoring_statistics",
+    )(grouped, key_pool, page_table, lengths)
+    peak = jnp.max(highest, axis=0)  # [rows, kv_heads, padded]
+    mass = jnp.sum(total * jnp.exp(highest - peak[None]), axis=0)
+    mass_spec = pl.BlockSpec((None, None, padded), lambda page, head, row: (row, head, 0))
+    by_row = call(
+        functools.partial(_mass_kernel, group=group, reduce=reduce, **static),
+        in_specs=[query_spec, whole, whole, whole, mass_spec, mass_spec],
+        out_specs=pl.BlockSpec((None, None, None, page_size), lambda page, head, row: (row, head, page, 0)),
+        out_shape=jax.ShapeDtypeStruct((rows, kv_heads, pages, page_size), jnp.float32),
+        name="token_scoring_mass",
+    )(grouped, key_pool, page_table, lengths, peak, jnp.maximum(mass, 1e-30))
+    by_row = by_row.reshape(rows, kv_heads, pages * page_size)
+    by_row = jnp.sum(by_row, axis=1) / heads if reduce == "mean" else jnp.max(by_row, axis=1)
+    return jnp.mean(by_row, axis=0)
+
+
+def _page_scores(query_ref, key_ref, table_ref, length_ref, page_size: int, scale: float):
+    """Scores f32[heads, page_size] of the program's page and which of its tokens are below the length."""
+    page, head = pl.program_id(0), pl.program_id(1)
+    query = query_ref[...]
+    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    key = plt.load(key_ref.at[pl.ds(table_ref[page] * page_size, page_size), head, :])
+    scores = plt.dot(query, key, trans_b=True, precision=precision) * scale
+    token = page * page_size + jax.lax.broadcasted_iota(jnp.int32, (1, page_size), 1)
+    inside = jnp.broadcast_to(token < length_ref[0], scores.shape)
+    return jnp.where(inside, scores, _LOWEST), inside
+
+
+def _statistics_kernel(query_ref, key_ref, table_ref, length_ref, highest_ref, total_ref, *, page_size, scale) -> None:
+    scores, inside = _page_scores(query_ref, key_ref, table_ref, length_ref, page_size, scale)
+    highest = jnp.max(scores, axis=1)
+    highest_ref[...] = highest
+    total_ref[...] = jnp.sum(jnp.where(inside, jnp.exp(scores - highest[:, None]), 0.0), axis=1)
+
+
+def _mass_kernel(
+    query_ref, key_ref, table_ref, length_ref, peak_ref, mass_ref, out_ref, *, group, reduce, page_size, scale
+) -> None:
+    scores, inside = _page_scores(query_ref, key_ref, table_ref, length_ref, page_size, scale)
+    share = jnp.exp(scores - peak_ref[...][:, None]) / mass_ref[...][:, None]
+    real = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < group
+    share = jnp.where(inside & real, share, 0.0)
+    out_ref[...] = jnp.sum(share, axis=0) if reduce == "mean" else jnp.max(share, axis=0)

@@ -1,0 +1,135 @@
+"""Every implementation of block attention and token scoring on the same cases, against dense softmax in numpy."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from pallas_kernels.block_attention import api as block_attention
+from pallas_kernels.block_attention import triton as attention_triton
+from pallas_kernels.cases import (
+    LARGE_ATTENTION,
+    LARGE_SCORING,
+    SMALL_ATTENTION,
+    SMALL_SCORING,
+    AttentionCase,
+    ScoringCase,
+)
+from pallas_kernels.token_scoring import api as token_scoring
+from pallas_kernels.token_scoring import triton as scoring_triton
+
+ATTENTION = {
+    "reference": functools.partial(block_attention.block_attention, implementation="reference"),
+    "triton": functools.partial(attention_triton.block_attention, interpret=True),
+}
+SCORING = {
+    "reference": functools.partial(token_scoring.token_scores, implementation="reference"),
+    "triton": functools.partial(scoring_triton.token_scores, interpret=True),
+}
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+def tolerance(dtype: str) -> float:
+    return 2e-2 if dtype == "bfloat16" else 2e-5
+
+
+def dense_attention(case: AttentionCase) -> np.ndarray:
+    (queries, key_pool, value_pool, table, starts), _ = case.arguments()
+    queries, key_pool, value_pool = (np.asarray(x, np.float64) for x in (queries, key_pool, value_pool))
+    out = np.zeros(queries.shape)
+    group = case.heads // case.kv_heads
+    for slot, start in enumerate(np.asarray(starts)):
+        place = (np.asarray(table)[slot][:, None] * case.page_size + np.arange(case.page_size)).reshape(-1)
+        for row in range(case.rows):
+            token = start + row
+            keys = np.arange(token + 1 if case.causal else start + case.rows)
+            if case.window is not None:
+                keys = keys[token - keys < case.window]
+            for head in range(case.heads):
+                k, v = key_pool[place[keys], head // group], value_pool[place[keys], head // group]
+                scores = k @ queries[slot, row, head] * case.head_dim**-0.5
+                weights = np.exp(scores - scores.max())
+                out[slot, row, head] = weights @ v / weights.sum()
+    return out
+
+
+def dense_scores(case: ScoringCase) -> np.ndarray:
+    (queries, key_pool, table, length), _ = case.arguments()
+    place = (np.asarray(table)[:, None] * case.page_size + np.arange(case.page_size)).reshape(-1)[: int(length)]
+    keys = np.repeat(np.asarray(key_pool, np.float64)[place], case.heads // case.kv_heads, axis=1)
+    scores = np.einsum("rhd,shd->rhs", np.asarray(queries, np.float64), keys) * case.head_dim**-0.5
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    by_row = shares.mean(1) if case.reduce == "mean" else shares.max(1)
+    return np.pad(by_row.mean(0), (0, case.pages * case.page_size - int(length)))
+
+
+@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("case", SMALL_ATTENTION, ids=lambda case: case.name)
+def test_attention_is_a_dense_softmax(case: AttentionCase, implementation: str) -> None:
+    positional, keywords = case.arguments()
+    out = np.asarray(ATTENTION[implementation](*positional, **keywords), np.float32)
+    np.testing.assert_allclose(out, dense_attention(case), atol=tolerance(case.dtype), rtol=tolerance(case.dtype))
+
+
+@pytest.mark.parametrize("implementation", SCORING)
+@pytest.mark.parametrize("case", SMALL_SCORING, ids=lambda case: case.name)
+def test_scores_are_dense_attention_mass(case: ScoringCase, implementation: str) -> None:
+    positional, keywords = case.arguments()
+    out = np.asarray(SCORING[implementation](*positional, **keywords))
+    np.testing.assert_allclose(out, dense_scores(case), atol=tolerance(case.dtype) / 10, rtol=tolerance(case.dtype))
+
+
+@pytest.mark.parametrize("implementation", ATTENTION)
+def test_a_row_does_not_depend_on_its_neighbours(implementation: str) -> None:
+    case = SMALL_ATTENTION[1]
+    (queries, *rest), keywords = case.arguments()
+    attend = jax.jit(functools.partial(ATTENTION[implementation], **keywords))
+    changed = queries.at[:, 7:].set(100.0).at[1].set(-3.0)
+    assert np.array_equal(attend(queries, *rest)[0, :7], attend(changed, *rest)[0, :7])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(rows: int) -> None:
+    """On a CPU with the pages that the engine uses there; XLA sums smaller pages in another order for few rows."""
+    case = AttentionCase("SmolLM2 on a CPU", (300,), 16, 9, 3, 64, 256, 2)
+    (queries, *pools, table, starts), keywords = case.arguments()
+    attend = jax.jit(functools.partial(ATTENTION["reference"], **keywords))
+    whole = attend(queries, *pools, table, starts)
+    for first in (0, 3, 16 - rows):
+        part = attend(queries[:, first : first + rows], *pools, table, starts + first)
+        assert np.array_equal(part, whole[:, first : first + rows])
+
+
+def lower(function: Any, arguments: tuple[Any, ...]) -> str:
+    mesh = AbstractMesh((1,), ("d",), abstract_device=H100)
+    with use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("case", [*SMALL_ATTENTION, *LARGE_ATTENTION], ids=lambda case: case.name)
+def test_attention_lowers_for_cuda(case: AttentionCase) -> None:
+    positional, keywords = case.arguments()
+    assert "triton" in lower(functools.partial(attention_triton.block_attention, **keywords), positional)
+
+
+@pytest.mark.parametrize("case", [*SMALL_SCORING, LARGE_SCORING[0]], ids=lambda case: case.name)
+def test_scoring_lowers_for_cuda(case: ScoringCase) -> None:
+    positional, keywords = case.arguments()
+    assert "triton" in lower(functools.partial(scoring_triton.token_scores, **keywords), positional)
+
+
+def test_what_triton_cannot_take_is_named() -> None:
+    case = AttentionCase("odd head", (3,), 1, 2, 1, 24, 16, 1)
+    positional, keywords = case.arguments()
+    with pytest.raises(NotImplementedError, match="head_dim 24"):
+        block_attention.block_attention(*positional, **keywords, implementation="triton")
+    with pytest.raises(NotImplementedError, match="'mosaic'"):
+        block_attention.block_attention(*positional, **keywords, implementation="mosaic")
+    assert jnp.isfinite(block_attention.block_attention(*positional, **keywords)).all()

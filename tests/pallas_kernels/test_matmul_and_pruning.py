@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.quantised_matmul import api as quantised_matmul
+from pallas_kernels.topk_pruning.api import compact, select_tokens
+
+GENERATOR = np.random.default_rng(0)
+WEIGHT = GENERATOR.standard_normal((96, 160)).astype(np.float32)
+X = GENERATOR.standard_normal((16, 160)).astype(np.float32)
+FORMATS = {
+    "dense": jnp.asarray(WEIGHT),
+    "w8": quantised_matmul.quantise_w8(jnp.asarray(WEIGHT)),
+    "w4 by 32": quantised_matmul.quantise_w4(jnp.asarray(WEIGHT), 32),
+    "w4 by 128": quantised_matmul.quantise_w4(jnp.asarray(WEIGHT), 128),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_product_is_that_of_the_dense_matrix_that_the_weight_stands_for(name: str) -> None:
+    weight = FORMATS[name]
+    dense = np.asarray(quantised_matmul.dequantise(weight, 160), np.float64)
+    product = np.asarray(quantised_matmul.matmul(jnp.asarray(X), weight))
+    np.testing.assert_allclose(product, X.astype(np.float64) @ dense.T, atol=2e-3)
+
+
+@pytest.mark.parametrize(("name", "error"), [("w8", 0.5 / 127), ("w4 by 32", 1 / 8), ("w4 by 128", 1 / 8)])
+def test_rounding_error_is_that_of_the_steps(name: str, error: float) -> None:
+    # The largest of a w4 group is -8 steps, so one that is as large on the other side is cut by a whole step.
+    dense = np.asarray(quantised_matmul.dequantise(FORMATS[name], 160))
+    assert np.abs(dense - WEIGHT).max() <= error * np.abs(WEIGHT).max() * 1.05
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_w8_rows_are_bit_equal_for_any_number_of_rows(rows: int) -> None:
+    multiply = jax.jit(lambda x: quantised_matmul.matmul(x, FORMATS["w8"], implementation="int8_activations"))
+    assert np.array_equal(multiply(jnp.asarray(X[:rows])), multiply(jnp.asarray(X))[:rows])
+
+
+def test_a_huge_activation_does_not_drown_the_others() -> None:
+    x = X.copy()
+    x[0, 7] = 2000.0
+    dense = np.asarray(quantised_matmul.dequantise(FORMATS["w8"]), np.float64)
+    product = np.asarray(quantised_matmul.matmul(jnp.asarray(x), FORMATS["w8"], implementation="int8_activations"))
+    expected = x.astype(np.float64) @ dense.T
+    np.testing.assert_allclose(product[0], expected[0], atol=1.5)  # 47 with one int8 per activation
+    np.testing.assert_allclose(product[1:], expected[1:], atol=2e-3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_an_embedding(name: str) -> None:
+    dense = np.asarray(quantised_matmul.dequantise(FORMATS[name], 160))
+    rows = np.asarray(quantised_matmul.take_rows(FORMATS[name], jnp.asarray([[3, 95], [0, 3]])))[..., :160]
+    np.testing.assert_array_equal(rows, dense[[[3, 95], [0, 3]]])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_concatenated_weights_give_both_products(name: str) -> None:
+    both = quantised_matmul.matmul(jnp.asarray(X), quantised_matmul.concatenate([FORMATS[name], FORMATS[name]]))
+    one = quantised_matmul.matmul(jnp.asarray(X), FORMATS[name])
+    np.testing.assert_allclose(both, np.concatenate([one, one], axis=1), atol=1e-4)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=10, deadline=None)
+def test_w4_packing_is_lossless(seed: int) -> None:
+    values = np.random.default_rng(seed).integers(-8, 8, (5, 256)).astype(np.int8)
+    assert np.array_equal(quantised_matmul.unpack_w4(quantised_matmul.pack_w4(values)), values)
+
+
+def test_wrong_shapes_and_formats_are_named() -> None:
+    with pytest.raises(ValueError, match="x has 159 columns, the weight takes 160"):
+        quantised_matmul.matmul(jnp.asarray(X[:, 1:]), FORMATS["w8"])
+    with pytest.raises(ValueError, match="32 or 128"):
+        quantised_matmul.quantise_w4(WEIGHT, 64)
+    with pytest.raises(NotImplementedError, match="int8_activations takes W8"):
+        quantised_matmul.matmul(jnp.asarray(X), FORMATS["dense"], implementation="int8_activations")
+
+
+_SELECT = jax.jit(select_tokens)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 256), st.integers(0, 256))
+@settings(max_examples=60, deadline=None)
+def test_pruning_keeps_its_budget_and_everything_that_must_stay(seed: int, length: int, budget: int) -> None:
+    generator = np.random.default_rng(seed)
+    scores = generator.standard_normal(256).astype(np.float32)
+    droppable = generator.random(256) < 0.8
+    kept = np.asarray(_SELECT(jnp.asarray(scores), jnp.asarray(droppable), jnp.int32(length), jnp.int32(budget)))
+    inside = np.arange(256) < length
+    assert not kept[~inside].any()
+    assert kept[inside & ~droppable].all()
+    assert kept[inside & droppable].sum() <= budget
+    whole = [kept[i : i + 32][(inside & droppable)[i : i + 32]] for i in range(0, 256, 32)]
+    assert all(chunk.all() or not chunk.any() for chunk in whole)
+
+
+def test_the_best_chunks_stay() -> None:
+    scores = np.zeros(256, np.float32)
+    scores[70], scores[200] = 5.0, 9.0
+    everything = jnp.ones(256, jnp.bool_)
+    kept = np.asarray(_SELECT(jnp.asarray(scores), everything, jnp.int32(256), jnp.int32(64)))
+    assert np.flatnonzero(kept).tolist() == [*range(64, 96), *range(192, 224)]
+    kept = np.asarray(_SELECT(jnp.asarray(scores), everything, jnp.int32(256), jnp.int32(63)))
+    assert np.flatnonzero(kept).tolist() == list(range(192, 224))
+
+
+def test_scores_that_are_not_numbers_keep_everything() -> None:
+    scores = jnp.zeros(64).at[3].set(jnp.nan)
+    kept = _SELECT(scores, jnp.ones(64, jnp.bool_), jnp.int32(40), jnp.int32(0))
+    assert np.asarray(kept).tolist() == [True] * 40 + [False] * 24
+
+
+def test_compact_lists_the_kept_in_order() -> None:
+    keep = jnp.asarray([False, True, True, False, True])
+    indices, count = compact(keep)
+    assert int(count) == 3
+    assert np.asarray(indices)[:3].tolist() == [1, 2, 4]

@@ -1,0 +1,107 @@
+"""Every kernel against its reference and every model path, on the device that is there.
+
+    python tools/gpu_check.py [--model MODEL | --no-model] [--json FILE]
+
+Prints a table with the error and the time of each case beside its floor (bytes over the device's bandwidth), writes it as JSON (to
+$OUT/gpu_check.json by default) and exits with status 1 if anything is wrong. CI has no GPU: run this before a change of device code lands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dflash_jax.bench.report import environment
+from pallas_kernels.block_attention.api import block_attention
+from pallas_kernels.cases import LARGE_ATTENTION, LARGE_SCORING, SMALL_ATTENTION, SMALL_SCORING
+from pallas_kernels.token_scoring.api import token_scores
+
+BANDWIDTH = {"NVIDIA H100 80GB HBM3": 2.84e12, "NVIDIA H200": 4.0e12}
+"""Bytes per second: read bandwidth measured on the H100; about 83 % of the data sheet's 4.8 TB/s for the H200."""
+_ON_GPU = jax.default_backend() == "gpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--no-model", action="store_true", help="kernels only")
+    default = Path(os.environ["OUT"]) / "gpu_check.json" if "OUT" in os.environ else None
+    parser.add_argument("--json", type=Path, default=default)
+    arguments = parser.parse_args()
+    large = _ON_GPU
+    rows = []
+    for case in [*SMALL_ATTENTION, *(LARGE_ATTENTION if large else ())]:
+        rows.append(_check("block_attention", block_attention, case))
+        print(json.dumps(rows[-1]), flush=True)
+    for case in [*SMALL_SCORING, *(LARGE_SCORING if large else ())]:
+        rows.append(_check("token_scoring", token_scores, case))
+        print(json.dumps(rows[-1]), flush=True)
+    report: dict[str, Any] = {**environment(), "command": " ".join(["python", *sys.argv]), "rows": rows}
+    if not arguments.no_model:
+        from gpu_models import model_rows
+
+        report["model"], report["model_rows"] = model_rows(arguments.model)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    wrong = [row for row in [*rows, *report.get("model_rows", ())] if not row["ok"]]
+    print(f"{len(wrong)} of {len(rows) + len(report.get('model_rows', ()))} checks failed")
+    sys.exit(1 if wrong else 0)
+
+
+def _check(operation: str, function: Callable[..., Any], case: Any) -> dict[str, Any]:
+    positional, keywords = case.arguments()
+    kernel = functools.partial(function, **keywords, implementation="triton" if _ON_GPU else None)
+    reference = functools.partial(function, **keywords, implementation="reference")
+    with jax.default_matmul_precision("highest"):
+        wide = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in positional]
+        expected = np.asarray(jax.jit(reference)(*wide), np.float32)
+    actual = np.asarray(jax.jit(kernel)(*positional), np.float32)
+    scale = float(np.abs(expected).max())
+    error = float(np.abs(actual - expected).max()) / scale
+    limit = 2e-2 if case.dtype == "bfloat16" else 1e-4
+    bandwidth = BANDWIDTH.get(jax.devices()[0].device_kind)
+    return {
+        "operation": operation,
+        "case": case.name,
+        "relative_error": float(f"{error:.3g}"),
+        "tolerance": limit,
+        "us": round(1e6 * _seconds(kernel, positional), 1),
+        "us_reference": round(1e6 * _seconds(reference, positional), 1),
+        "floor_us": round(1e6 * case.bytes / bandwidth, 2) if bandwidth else None,
+        "ok": bool(np.isfinite(actual).all() and error <= limit),
+    }
+
+
+def _seconds(function: Callable[..., Any], positional: tuple[Any, ...], repeats: int = 20) -> float:
+    """Seconds per call inside one program, so that dispatch does not count; each call waits for the one before."""
+
+    @jax.jit
+    def many(first: jax.Array, *rest: jax.Array) -> jax.Array:
+        def again(_: int, x: jax.Array) -> jax.Array:
+            out = function(x, *rest)
+            return x + (jnp.mean(out) * 1e-30).astype(x.dtype)
+
+        return jax.lax.fori_loop(0, repeats, again, first)
+
+    jax.block_until_ready(many(*positional))
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        jax.block_until_ready(many(*positional))
+        best = min(best, time.perf_counter() - started)
+    return best / repeats
+
+
+if __name__ == "__main__":
+    main()
