@@ -114,6 +114,7 @@ _engine_options = _options(
     _scoring_options,
 )
 _json_file = click.option("--json", "json_file", type=_FILE, help="Write the figures to this file.")
+_plot = click.option("--plot", type=_FILE, help="Draw the figures to this .png (needs the extra `plot`).")
 _prompts = click.option("--prompts", type=_INPUT_FILE, help='JSON lines: {"messages": [...]} or {"prompt": "..."}.')
 
 
@@ -232,6 +233,7 @@ def bench() -> None:
 @_model
 @_prompts
 @_json_file
+@_plot
 @_drafter
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens per answer.")
 def decode(model: Path | None, **options: Any) -> None:
@@ -245,6 +247,7 @@ def decode(model: Path | None, **options: Any) -> None:
 @_model
 @_prompts
 @_json_file
+@_plot
 @_scoring_options
 def prefill(model: Path | None, **options: Any) -> None:
     """Time to the first token with and without PFlash."""

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dflash_jax.bench.plot import check_plot, plot_decode
 from dflash_jax.bench.report import environment, read_prompts, write
 from dflash_jax.console import progress_bar
 from dflash_jax.engine.engine import Engine
@@ -22,6 +23,7 @@ def run(
     *,
     prompts: Path | None = None,
     json_file: Path | None = None,
+    plot: Path | None = None,
     drafter: Path | None = None,
     max_tokens: int = 128,
 ) -> dict[str, Any]:
@@ -30,6 +32,7 @@ def run(
     Both run prompt by prompt, one after the other, so that a busy machine slows both alike. Rates are tokens of the answer
     over seconds after prefill; totals are all tokens over all seconds.
     """
+    check_plot(plot)
     chats = read_prompts(prompts)
     with progress_bar() as progress:
         loaded = load_model(model, drafter=drafter, progress=progress)
@@ -46,6 +49,7 @@ def run(
     report = {**environment(), "model": loaded.model_id, "rows": [row for row, _, _ in rows], "total": _total(rows)}
     _print(report)
     write(json_file, report)
+    plot_decode(plot, report)
     return report
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dflash_jax.bench.haystack import NEEDLES, conversation
+from dflash_jax.bench.plot import check_plot, plot_prefill
 from dflash_jax.bench.report import Prompt, environment, read_prompts, write
 from dflash_jax.compress.prune import Positions
 from dflash_jax.console import progress_bar
@@ -27,6 +28,7 @@ def run(
     *,
     prompts: Path | None = None,
     json_file: Path | None = None,
+    plot: Path | None = None,
     scorer: Path | None = None,
     keep_ratio: float | None = None,
     pflash_scope: PflashScope = "agent",
@@ -39,6 +41,7 @@ def run(
     Without a prompts file the prompts are long documents with a hidden fact, and the table says whether it was found.
     """
     del bsa
+    check_plot(plot)
     with progress_bar() as progress:
         loaded = load_model(model, scorer=scorer, progress=progress)
         options: dict[str, Any] = {"context_length": context_length, "max_sessions": 1}
@@ -58,6 +61,7 @@ def run(
     report = {**environment(), "model": loaded.model_id, "rows": rows}
     _print(report)
     write(json_file, report)
+    plot_prefill(plot, report)
     return report
 
 

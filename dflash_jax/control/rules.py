@@ -95,8 +95,10 @@ def _relative(
 ) -> ControllerState:
     """Compares a session's compressed turns with what the same session reaches without compression."""
     known = state.expectation > 0
-    moved = (1 - _EXPECTATION_WEIGHT) * state.expectation + _EXPECTATION_WEIGHT * accept_length
-    expectation = jnp.where(known & compressed, state.expectation, jnp.where(known, moved, accept_length))
+    # A turn that read most of its prompt is nearly a turn without compression: it may correct a first turn that was lucky.
+    weight = _EXPECTATION_WEIGHT * jnp.where(compressed, jnp.square(state.keep_ratio), 1.0)
+    moved = (1 - weight) * state.expectation + weight * accept_length
+    expectation = jnp.where(known, moved, accept_length)
     ema = jnp.where(state.ema > 0, (1 - _EMA_WEIGHT) * state.ema + _EMA_WEIGHT * accept_length, accept_length)
     ema = jnp.where(compressed, ema, state.ema)
     quality = ema / expectation
