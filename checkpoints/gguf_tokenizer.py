@@ -14,7 +14,10 @@ from checkpoints.errors import CheckpointError
 _SPECIAL, _USER_DEFINED = 3, 4
 """Token types of GGUF: control tokens, and added tokens that are ordinary text."""
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _SPLITS = {"llama-bpe": _LLAMA3, "qwen2": _QWEN2}
 """Regular expressions of the pre-tokenizers that split before the byte-level alphabet is applied."""

@@ -64,7 +64,10 @@ def tiny_drafter(seed: int = 1, config: DrafterConfig = DRAFTER) -> Drafter:
 
 
 class ScriptedDrafter(nnx.Module):
-    """Proposes token `script[p]` for position p, whatever it is shown: an oracle if the script is what the target will say."""
+    """Proposes token `script[p]` for position p, whatever it is shown.
+
+    An oracle if the script is what the target will say.
+    """
 
     def __init__(self, target: Decoder, script: Sequence[int], config: DrafterConfig = DRAFTER) -> None:
         self.config = config
@@ -78,7 +81,10 @@ class ScriptedDrafter(nnx.Module):
     def __call__(
         self, embeddings: jnp.ndarray, pools: Sequence[KvPool], place: Place
     ) -> tuple[jnp.ndarray, tuple[KvPool, ...]]:
-        """Hidden states whose largest logits are those of the script's tokens (rows of a random table are nearly orthogonal)."""
+        """Hidden states whose largest logits are those of the script's tokens.
+
+        Rows of a random table are nearly orthogonal.
+        """
         tokens = jnp.take(self.script.get_value(), place.positions, mode="clip")
         return jnp.take(self.embedding.get_value(), tokens, axis=0), tuple(pools)
 

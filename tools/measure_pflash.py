@@ -1,9 +1,12 @@
-"""Measures what PFlash keeps and what the target still answers: recall of a hidden fact by depth, and answers by positions.
+"""Measures what PFlash keeps and what the target still answers.
+
+Recall of a hidden fact by depth, and answers by positions.
 
     python tools/measure_pflash.py [--model MODEL] [--prompts 12]
 
-Recall: the share of a hidden sentence's tokens that survive when 5, 10 and 20 % of a document are kept, with a scorer that runs 1, 2,
-3 ... layers. Answers: right answers out of all, for both kinds of positions and three keep ratios, and without pruning.
+Recall: the share of a hidden sentence's tokens that survive when 5, 10 and 20 % of a document are kept, with a scorer
+that runs 1, 2, 3 ... layers. Answers: right answers out of all, for both kinds of positions and three keep ratios, and
+without pruning.
 """
 
 from __future__ import annotations
@@ -93,7 +96,10 @@ def _case(index: int):
 
 
 def _place(ids: np.ndarray, part: np.ndarray) -> slice:
-    """Where a sentence's tokens are; its first token may be merged with what stands before, so the rest is looked for."""
+    """Where a sentence's tokens are.
+
+    Its first token may be merged with what stands before, so the rest is looked for.
+    """
     inner = part[1:]
     for start in range(len(ids) - len(inner)):
         if np.array_equal(ids[start : start + len(inner)], inner):

@@ -1,8 +1,11 @@
-"""Writes a DFlash drafter of random weights for a model, in z-lab's layout: proposes nonsense, costs what a real one costs.
+"""Writes a DFlash drafter of random weights for a model, in z-lab's layout.
+
+It proposes nonsense, costs what a real one costs.
 
     python tools/random_drafter.py OUT [--model MODEL] [--layers 2]
 
-With it `dflash-jax bench decode --drafter OUT` shows the worst case: every proposal is rejected and the tokens are the same.
+With it `dflash-jax bench decode --drafter OUT` shows the worst case: every proposal is rejected and the tokens are the
+same.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes the prompts of `dflash-jax bench decode` with the chat template applied, for engines that take plain text.
 
-    python tools/render_prompts.py OUT.jsonl [--model MODEL] [--prompts FILE.jsonl]
+python tools/render_prompts.py OUT.jsonl [--model MODEL] [--prompts FILE.jsonl]
 """
 
 from __future__ import annotations

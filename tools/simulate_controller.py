@@ -2,9 +2,10 @@
 
     python tools/simulate_controller.py
 
-A session needs some share of its prompt: kept above `needs`, its accept length is its own; below, it falls in proportion to
-what is missing, by two thirds at most, as measured on nothing: the simulation shows what a rule does, not what a model does. Each turn has 4 to
-64 verify steps, whose accepted proposals are geometric. The first turn is not pruned where `first` says so.
+A session needs some share of its prompt: kept above `needs`, its accept length is its own; below, it falls in
+proportion to what is missing, by two thirds at most, as measured on nothing: the simulation shows what a rule does, not
+what a model does. Each turn has 4 to 64 verify steps, whose accepted proposals are geometric. The first turn is not
+pruned where `first` says so.
 """
 
 from __future__ import annotations

@@ -27,10 +27,11 @@ def run(
     drafter: Path | None = None,
     max_tokens: int = 128,
 ) -> dict[str, Any]:
-    """Answers every prompt greedily, without and (if there is a drafter) with DFlash, prints a table, returns the report.
+    """Answers every prompt greedily, without and (if there is a drafter) with DFlash, prints a table,
+    returns the report.
 
-    Both run prompt by prompt, one after the other, so that a busy machine slows both alike. Rates are tokens of the answer
-    over seconds after prefill; totals are all tokens over all seconds.
+    Both run prompt by prompt, one after the other, so that a busy machine slows both alike. Rates are tokens of the
+    answer over seconds after prefill; totals are all tokens over all seconds.
     """
     check_plot(plot)
     chats = read_prompts(prompts)

@@ -1,8 +1,8 @@
 """Conversations whose KV is on the device: found again by their tokens, forked, truncated, evicted.
 
-A session remembers every token that the client sent or got (`ids`) and which of them the target has read (`kept`). KV exists
-for the first `length` kept tokens. What was decided for a token is never revisited, so a conversation that grows finds all of
-its KV again, pruned or not.
+A session remembers every token that the client sent or got (`ids`) and which of them the target has read (`kept`). KV
+exists for the first `length` kept tokens. What was decided for a token is never revisited, so a conversation that grows
+finds all of its KV again, pruned or not.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ class SessionStore:
         return len(self._sessions)
 
     def begin(self, ids: np.ndarray, name: str | None = None) -> tuple[Session, int]:
-        """A session for a prompt and how many of its leading tokens are already decided; the session is busy until `end`.
+        """A session for a prompt and how many of its leading tokens are already decided; the session is busy
+        until `end`.
 
         The prompt's last token always counts as undecided: it is the anchor that the answer starts from.
 
-        A conversation that goes on keeps its session. A prompt that shares only the beginning of one (the same system prompt,
-        a retried turn of a running conversation) gets a session of its own that shares the pages.
+        A conversation that goes on keeps its session. A prompt that shares only the beginning of one (the same system
+        prompt, a retried turn of a running conversation) gets a session of its own that shares the pages.
         """
         found = self._find(ids, name)
         if found is None:

@@ -14,7 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.topk_pruning.api import select_tokens
 
 Positions = Literal["original", "compact"]
-"""Where RoPE sees the kept tokens: where they stood in the prompt, or end to end. docs/pflash.md has what each finds again."""
+"""Where RoPE sees the kept tokens: where they stood in the prompt, or end to end.
+
+docs/pflash.md has what each finds again.
+"""
 Mode = Literal["auto", "on", "off"]
 
 _SMOOTH = 13

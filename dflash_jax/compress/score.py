@@ -1,10 +1,10 @@
 """How much the question attends to each prompt token: the measure by which PFlash keeps tokens.
 
-The scorer runs the prompt through its first layers in chunks and keeps their keys, then runs the question once more at the very
-end, where it sees everything. A layer's score of a token is the largest attention that any head of any question row pays to it,
-computed without RoPE, so that where a token stands says nothing about it. (Attention mass is the idea of Speculative Prefill,
-arXiv 2502.02789; docs/pflash.md has what leaving out RoPE, the maxima and the depth bring.) Attention goes page by page:
-nothing of size [heads, S, S] exists.
+The scorer runs the prompt through its first layers in chunks and keeps their keys, then runs the question once more at
+the very end, where it sees everything. A layer's score of a token is the largest attention that any head of any
+question row pays to it, computed without RoPE, so that where a token stands says nothing about it. (Attention mass is
+the idea of Speculative Prefill, arXiv 2502.02789; docs/pflash.md has what leaving out RoPE, the maxima and the depth
+bring.) Attention goes page by page: nothing of size [heads, S, S] exists.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ def score_tokens(
 def _rows_as_heads(
     queries: Float[Array, "rows heads head_dim"], kv_heads: int
 ) -> Float[Array, "1 rows_and_heads head_dim"]:
-    """One row with the heads of all rows, heads of one KV head side by side: a maximum over heads is one over rows too."""
+    """One row with the heads of all rows, heads of one KV head side by side.
+
+    A maximum over heads is one over rows too.
+    """
     rows, heads, head_dim = queries.shape
     grouped = queries.reshape(rows, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 2, 3)
     return grouped.reshape(1, rows * heads, head_dim)

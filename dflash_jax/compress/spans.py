@@ -12,7 +12,10 @@ Kind = Literal["structure", "content"]
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Tokens start..end (end excluded). Content of a message carries its index and role; raw text and structure carry None."""
+    """Tokens start..end (end excluded).
+
+    Content of a message carries its index and role; raw text and structure carry None.
+    """
 
     start: int
     end: int
@@ -50,7 +53,10 @@ class Prompt:
 
 
 def spans_from_labels(labels: np.ndarray, roles: dict[int, str]) -> tuple[Span, ...]:
-    """Runs of equal labels i[S] as spans; label -1 is structure, label m >= 0 is content of message m, said by roles[m]."""
+    """Runs of equal labels i[S] as spans.
+
+    Label -1 is structure, label m >= 0 is content of message m, said by roles[m].
+    """
     if len(labels) == 0:
         return ()
     starts = np.concatenate([[0], np.flatnonzero(np.diff(labels)) + 1])

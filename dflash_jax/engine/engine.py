@@ -132,7 +132,10 @@ class Engine:
         return Engine(load_model(path, drafter=drafter, scorer=scorer, progress=progress), **options)
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Compiles (or fetches from the cache) every program and measures the steps; requests then never wait for that."""
+        """Compiles (or fetches from the cache) every program and measures the steps.
+
+        Requests then never wait for that.
+        """
         steps = self._shared.programs.warm_up_steps(with_scoring=self._scores)
         steps.append(("controller", self._warm_up_controller))
         for index, (label, action) in enumerate(steps):

@@ -72,6 +72,7 @@ class DflashStats:
 
     @property
     def accept_length(self) -> float:
+        """Committed tokens per verify step; 0 when nothing was verified."""
         return self.committed_tokens / self.verify_steps if self.verify_steps else 0.0
 
 
@@ -101,7 +102,10 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class TextDelta:
-    """Newly generated text (possibly empty while a stop string or a UTF-8 character is incomplete) and its token ids."""
+    """Newly generated text and its token ids.
+
+    The text may be empty while a stop string or a UTF-8 character is incomplete.
+    """
 
     text: str
     token_ids: tuple[int, ...]

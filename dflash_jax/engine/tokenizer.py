@@ -1,4 +1,7 @@
-"""Text to token ids and back, on the `tokenizers` library, with a decoder that streams exactly what decode() returns."""
+"""Text to token ids and back, on the `tokenizers` library.
+
+The decoder streams exactly what decode() returns.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ import numpy as np
 import tokenizers
 
 GUARD = "\ufdd0"
-"""A Unicode noncharacter, never part of exchanged text. Standing inside a string of a special token it makes it text."""
+"""A Unicode noncharacter, never part of exchanged text.
+
+Standing inside a string of a special token it makes it text.
+"""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -175,7 +181,10 @@ def _keep_whole_offsets(post_processor: Any) -> None:
 
 
 def _decoder_kind(decoder: Any) -> tuple[dict[str, int] | None, int]:
-    """The character-to-byte table of a byte-level decoder (None for SentencePiece spelling), and leading spaces to strip."""
+    """The character-to-byte table of a byte-level decoder, and leading spaces to strip.
+
+    The table is None for SentencePiece spelling.
+    """
     steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else [{}]
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:

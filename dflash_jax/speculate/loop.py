@@ -58,8 +58,8 @@ def decode(
 ) -> tuple[Visit, Pools, Slots]:
     """Steps until no slot is live or `max_steps` are done, without the host.
 
-    `capacity` bounds the committed tokens of a visit; it must be at least `rows`. With `draft` each step verifies a block
-    from the drafter, without it the step commits one token.
+    `capacity` bounds the committed tokens of a visit; it must be at least `rows`. With `draft` each step verifies a
+    block from the drafter, without it the step commits one token.
     """
 
     def room(carry: tuple[Visit, Pools, Slots]) -> Array:

@@ -1,7 +1,7 @@
 """Whether drafting pays: a sequence's accept length against what a block costs beside a plain step.
 
-Drafting never changes tokens, so this may look at anything. Records are immutable; the engine keeps one `StepTimes` and one
-`Pace` per sequence.
+Drafting never changes tokens, so this may look at anything. Records are immutable; the engine keeps one `StepTimes` and
+one `Pace` per sequence.
 """
 
 from __future__ import annotations

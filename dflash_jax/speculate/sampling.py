@@ -1,8 +1,8 @@
 """Drawing tokens from the target's own processed distribution.
 
-A token's noise depends on the request's seed and on the token's number in the answer, never on how many rows were verified at
-once: with and without DFlash the same seed gives the same tokens. Filters are thresholds found by bisection over the bits of a
-float, which needs no sort of the vocabulary.
+A token's noise depends on the request's seed and on the token's number in the answer, never on how many rows were
+verified at once: with and without DFlash the same seed gives the same tokens. Filters are thresholds found by bisection
+over the bits of a float, which needs no sort of the vocabulary.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def verify(
 ) -> tuple[Committed, Pools, Slots]:
     """Runs the target over anchor and proposals and commits what it agrees with, plus one token of its own.
 
-    At each row the target draws its own token; a proposal is accepted if it equals that token and all before it were accepted
-    (lossless for any drafter: each committed token is the target's own draw given the true prefix).
+    At each row the target draws its own token; a proposal is accepted if it equals that token and all before it were
+    accepted (lossless for any drafter: each committed token is the target's own draw given the true prefix).
     """
     rows = proposals.shape[1] + 1
     place = _place(slots, rows, page_size)

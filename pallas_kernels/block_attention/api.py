@@ -26,12 +26,13 @@ def block_attention(
     """Mixes values for T query rows of each of B slots.
 
     Query t of slot b has token index `starts[b] + t`; token index j lives in pool row
-    `page_table[b, j // page_size] * page_size + j % page_size`, and the rows' own K and V are already there. The query sees key j
-    iff `j <= starts[b] + t` (causal) or `j < starts[b] + T` (not causal), and `starts[b] + t - j < window` where a window is given.
-    Softmax in f32 of `scale * q.k`; a row that sees nothing gives zeros. Pools hold finite numbers everywhere.
+    `page_table[b, j // page_size] * page_size + j % page_size`, and the rows' own K and V are already there. The query
+    sees key j iff `j <= starts[b] + t` (causal) or `j < starts[b] + T` (not causal), and `starts[b] + t - j < window`
+    where a window is given. Softmax in f32 of `scale * q.k`; a row that sees nothing gives zeros. Pools hold finite
+    numbers everywhere.
 
-    A row's result is bit-equal whatever the other rows and slots hold. Raises NotImplementedError when a named implementation
-    cannot take these arguments, ValueError when shapes do not fit.
+    A row's result is bit-equal whatever the other rows and slots hold. Raises NotImplementedError when a named
+    implementation cannot take these arguments, ValueError when shapes do not fit.
     """
     _check(queries, key_pool, value_pool, page_size)
     if implementation not in (None, *IMPLEMENTATIONS):

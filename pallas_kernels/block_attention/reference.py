@@ -1,7 +1,7 @@
 """Attention of a few query rows per slot over paged KV, page by page with an online softmax, in plain jnp.
 
-Pages are visited at fixed absolute positions and a page that a row does not see leaves that row's sums untouched, bit for bit.
-So a row's result depends neither on how far its neighbours reach nor on what they hold.
+Pages are visited at fixed absolute positions and a page that a row does not see leaves that row's sums untouched, bit
+for bit. So a row's result depends neither on how far its neighbours reach nor on what they hold.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Block attention as a Pallas Triton kernel.
 
-One program works on one slot, one KV head and one tile of query rows; the heads that share the KV head stand below each other in the
-tile, so that K and V are read once for all of them. It walks over the pages that its rows can see, in blocks of keys at fixed absolute
-positions, with an online softmax in f32. Neighbouring rows are masked, never mixed in: a row's bits do not depend on them.
+One program works on one slot, one KV head and one tile of query rows; the heads that share the KV head stand below each
+other in the tile, so that K and V are read once for all of them. It walks over the pages that its rows can see, in
+blocks of keys at fixed absolute positions, with an online softmax in f32. Neighbouring rows are masked, never mixed in:
+a row's bits do not depend on them.
 
     grid (slots, kv_heads, tiles)       q tile [rows * group, D] stays in registers
       for each block of keys            K block [BLOCK, D] -> scores -> running maximum and sum -> V block [BLOCK, D]

@@ -40,8 +40,8 @@ IMPLEMENTATIONS = ("reference", "int8_activations")
 def matmul(x: Float[Array, "... K"], weight: Weight, *, implementation: str | None = None) -> Float[Array, "... N"]:
     """`x @ weight.T` in the dtype of x, accumulated in f32 (W8 on a CPU: in int32).
 
-    `implementation` is one of IMPLEMENTATIONS; None picks int8_activations for W8 on a CPU and reference otherwise. Raises
-    NotImplementedError when the named implementation cannot take this weight, ValueError when shapes do not fit.
+    `implementation` is one of IMPLEMENTATIONS; None picks int8_activations for W8 on a CPU and reference otherwise.
+    Raises NotImplementedError when the named implementation cannot take this weight, ValueError when shapes do not fit.
     """
     _check(x, weight)
     if implementation is None:

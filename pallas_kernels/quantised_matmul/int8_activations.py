@@ -1,9 +1,9 @@
 """W8 on a CPU: activations become two int8 numbers each, and the dots are exact in int32.
 
 int8 dots run in hardware there: a row costs a fraction of an f32 row. One int8 per activation is not enough: a few huge
-activations (the first token of a prompt has them) would leave nothing of the others in their row, and answers go wrong. The
-second int8 holds what the first one rounded away, 15 bits together, and quality equals that of f32 activations. Integer sums
-do not depend on their order, so a row's result does not depend on how many rows are beside it.
+activations (the first token of a prompt has them) would leave nothing of the others in their row, and answers go wrong.
+The second int8 holds what the first one rounded away, 15 bits together, and quality equals that of f32 activations.
+Integer sums do not depend on their order, so a row's result does not depend on how many rows are beside it.
 """
 
 from __future__ import annotations

@@ -22,12 +22,12 @@ def token_scores(
     reduce: str = "mean",
     implementation: str | None = None,
 ) -> Float[Array, " scores"]:
-    """Scores f32[P * page_size]: softmax of `scale * q.k` over keys j < length per (row, head), reduced over heads by `reduce`
-    ("mean" or "max"), mean over rows; zero from `length` on.
+    """Scores f32[P * page_size]: softmax of `scale * q.k` over keys j < length per (row, head), reduced over heads
+    by `reduce` ("mean" or "max"), mean over rows; zero from `length` on.
 
-    Token index j lives in pool row `page_table[j // page_size] * page_size + j % page_size`. Source: attention mass of Speculative
-    Prefill (arXiv 2502.02789). Memory beyond the result is that of one page. Raises NotImplementedError when a named
-    implementation cannot take these arguments, ValueError when shapes do not fit.
+    Token index j lives in pool row `page_table[j // page_size] * page_size + j % page_size`. Source: attention mass of
+    Speculative Prefill (arXiv 2502.02789). Memory beyond the result is that of one page. Raises NotImplementedError
+    when a named implementation cannot take these arguments, ValueError when shapes do not fit.
     """
     heads, head_dim = queries.shape[1:]
     if reduce not in REDUCTIONS:

@@ -1,7 +1,7 @@
 """Token scores as two Pallas Triton kernels: softmax statistics page by page, then the mass of every token.
 
-One program works on one page, one KV head and one query row with all heads of that KV head. The statistics of the pages are put together
-between the kernels. Nothing larger than [rows, kv_heads, tokens] exists.
+One program works on one page, one KV head and one query row with all heads of that KV head. The statistics of the pages
+are put together between the kernels. Nothing larger than [rows, kv_heads, tokens] exists.
 """
 
 from __future__ import annotations

@@ -24,7 +24,10 @@ class Device:
     def turn(
         self, ids: list[int], name: str | None = None, drop: frozenset[int] = frozenset(), answer: int = 0
     ) -> tuple[Session, int]:
-        """One request: tokens in `drop` are pruned; KV of a token is the token itself; `answer` tokens are generated."""
+        """One request: tokens in `drop` are pruned; KV of a token is the token itself.
+
+        `answer` tokens are generated.
+        """
         prompt = np.asarray(ids, np.int32)
         session, known = self.store.begin(prompt, name)
         kept = np.asarray([token not in drop for token in ids[known:]], np.bool_)

@@ -1,4 +1,6 @@
-"""GGUF files: the real SmolLM2 against the gguf package, small written ones, and everything that can be wrong in one."""
+"""GGUF files: the real SmolLM2 against the gguf package, small written ones, and everything that can be wrong
+in one.
+"""
 
 from __future__ import annotations
 

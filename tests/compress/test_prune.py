@@ -56,7 +56,9 @@ def test_selection_keeps_within_the_budget_and_all_that_may_not_be_dropped(seed:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_selection_is_that_of_its_definition(seed: int) -> None:
-    """Average over 13 tokens, per-layer standardisation over droppable tokens, maximum over layers, then chunks by mean."""
+    """Average over 13 tokens, per-layer standardisation over droppable tokens, maximum over layers,
+    then chunks by mean.
+    """
     scores, droppable, keep_ratio = random_case(seed)
     count = len(droppable)
 

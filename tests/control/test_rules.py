@@ -1,4 +1,7 @@
-"""What the controller's rules promise, on simulated sessions; the classic rule against a transcription of the seed's."""
+"""What the controller's rules promise, on simulated sessions.
+
+The classic rule is compared with a transcription of the seed's.
+"""
 
 from __future__ import annotations
 
