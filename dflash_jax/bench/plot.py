@@ -33,7 +33,8 @@ def plot_decode(path: Path | None, report: Mapping[str, Any]) -> None:
     drafted = any(row["tok_s_dflash"] for row in rows)
     width = 0.4 if drafted else 0.8
     shift = width / 2 if drafted else 0
-    axes.bar([place - shift for place in places], [row["tok_s_plain"] for row in rows], width, color=_PLAIN, label="plain")
+    plain = [row["tok_s_plain"] for row in rows]
+    axes.bar([place - shift for place in places], plain, width, color=_PLAIN, label="plain")
     if drafted:
         fast = [row["tok_s_dflash"] for row in rows]
         bars = axes.bar([place + shift for place in places], fast, width, color=_FAST, label="DFlash")

@@ -1,7 +1,7 @@
 """How a session's keep ratio follows what is observed: pure functions, to be jitted and vmapped at will.
 
-The idea is the seed engine's: a drafter guesses worse when the target has lost the thread, so accept length is a free measure
-of whether too much was pruned. docs/controller.md derives the rules and shows how they behave.
+The idea is the seed engine's: a drafter guesses worse when the target has lost the thread, so accept length is a free
+measure of whether too much was pruned. docs/controller.md derives the rules and shows how they behave.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Bounds:
 
 BOUNDS: dict[Rule, Bounds] = {
     "classic": Bounds(start=0.10, lowest=0.025, highest=0.20),
-    # At a quarter a planted fact is found as often as in the whole prompt (docs/pflash.md): a start that costs no quality.
+    # At a quarter a planted fact is found as often as in the whole prompt (docs/pflash.md): a start that costs
+    # no quality.
     "relative": Bounds(start=0.25, lowest=0.05, highest=0.80),
 }
 _CLASSIC_BAND = (0.75, 0.85)
@@ -60,16 +61,17 @@ def update(rule: Rule, state: ControllerState, observation: Observation) -> Cont
     `rule` is static; the other arguments may be batched.
     """
     accept_length = jnp.asarray(observation.accept_length, jnp.float32)
-    counts = (observation.steps > 0) & jnp.isfinite(accept_length) & (accept_length > 0)
+    steps, compressed = jnp.asarray(observation.steps), jnp.asarray(observation.compressed)
+    counts = (steps > 0) & jnp.isfinite(accept_length) & (accept_length > 0)
     follow = _classic if rule == "classic" else _relative
-    followed = follow(state, jnp.where(counts, accept_length, 1.0), observation.compressed)
+    followed = follow(state, jnp.where(counts, accept_length, 1.0), compressed)
     new = ControllerState(
         keep_ratio=jnp.where(counts, followed.keep_ratio, state.keep_ratio),
         ema=jnp.where(counts, followed.ema, state.ema),
         expectation=jnp.where(counts, followed.expectation, state.expectation),
         turns=state.turns + counts.astype(jnp.int32),
     )
-    failed = observation.degenerate & observation.compressed
+    failed = jnp.asarray(observation.degenerate) & compressed
     keep_ratio = jnp.where(failed, jnp.maximum(new.keep_ratio, state.keep_ratio * _MUCH_MORE), new.keep_ratio)
     bounds = BOUNDS[rule]
     bounded = jnp.clip(keep_ratio, bounds.lowest, bounds.highest)
@@ -95,7 +97,8 @@ def _relative(
 ) -> ControllerState:
     """Compares a session's compressed turns with what the same session reaches without compression."""
     known = state.expectation > 0
-    # A turn that read most of its prompt is nearly a turn without compression: it may correct a first turn that was lucky.
+    # A turn that read most of its prompt is nearly a turn without compression: it may correct a first turn that was
+    # lucky.
     weight = _EXPECTATION_WEIGHT * jnp.where(compressed, jnp.square(state.keep_ratio), 1.0)
     moved = (1 - weight) * state.expectation + weight * accept_length
     expectation = jnp.where(known, moved, accept_length)

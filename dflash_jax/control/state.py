@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+Observed = Array | np.ndarray | np.generic
+"""An observation is made on the host: its numbers become arrays of the device when a rule is called."""
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +34,7 @@ class ControllerState:
 class Observation:
     """One turn: accept length and verify steps (0 when nothing was drafted), degenerate answer?, pruned prompt?"""
 
-    accept_length: Float[Array, "*sessions"]
-    steps: Int[Array, "*sessions"]
-    degenerate: Bool[Array, "*sessions"]
-    compressed: Bool[Array, "*sessions"]
+    accept_length: Float[Observed, "*sessions"]
+    steps: Int[Observed, "*sessions"]
+    degenerate: Bool[Observed, "*sessions"]
+    compressed: Bool[Observed, "*sessions"]

@@ -92,7 +92,7 @@ class Answer:
         self._stop = StopFinder(job.sampling.stop)
         self._reason: FinishReason = "length"
 
-    def steps(self) -> Iterator[None]:
+    def steps(self) -> Generator[None, None, None]:
         """Runs the answer; yields after each visit to the device. Closing it frees the session's slot."""
         shared, job = self._shared, self.job
         session, known = shared.store.begin(job.prompt.token_ids, job.session)
@@ -223,7 +223,7 @@ class Answer:
                 slots = dataclasses.replace(slots, page_table=put(programs.page_table(session.pages)))
             started = time.perf_counter()
             visit, slots = programs.decode(slots, parameters, draft=draft, max_steps=max_steps)
-            tokens = visit.tokens[0, : int(visit.count[0])]
+            tokens = np.asarray(visit.tokens)[0, : int(visit.count[0])]
             steps = int(visit.steps)
             seconds = time.perf_counter() - started
             shared.times = shared.times.observe(drafted=draft, steps=steps, seconds=seconds)

@@ -1,4 +1,5 @@
-"""Messages to a Prompt: rendered, tokenised, every token labelled with who said it, nobody able to forge a special token.
+"""Messages to a Prompt: rendered, tokenised, every token labelled with who said it, nobody able to forge
+a special token.
 
 Two kinds of noncharacters (stripped from what clients send) travel through the template with the text. A GUARD inside
 a special token's string keeps the tokenizer from recognising it. In a second rendering every message's content stands
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dflash_jax.compress.spans import Prompt, Span, spans_from_labels
+from dflash_jax.compress.spans import Kind, Prompt, Span, spans_from_labels
 from dflash_jax.engine.request import RequestError
 from dflash_jax.engine.template import ChatTemplate
 from dflash_jax.engine.tokenizer import GUARD, Tokenizer, replace_lone_surrogates
@@ -68,19 +69,27 @@ def build_prompt(
 
 
 def text_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
-    """A prompt of plain text, special tokens recognised, with what the tokenizer puts before a text (BOS) as structure."""
+    """A prompt of plain text, special tokens recognised.
+
+    What the tokenizer puts before a text (BOS) is structure.
+    """
     ids = tokenizer.encode(text, begin=True)
     inner = len(tokenizer.encode(text))
     before = int(inner < len(ids) and ids[0] in tokenizer.special_ids)
-    bounds = [(0, before, "structure"), (before, before + inner, "content"), (before + inner, len(ids), "structure")]
+    bounds: list[tuple[int, int, Kind]] = [
+        (0, before, "structure"),
+        (before, before + inner, "content"),
+        (before + inner, len(ids), "structure"),
+    ]
     return Prompt(ids, tuple(Span(start, end, None, None, kind) for start, end, kind in bounds if end > start))
 
 
 def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates expect them: content is a string, tool-call arguments are objects where they are JSON objects.
+    """Messages as templates expect them.
 
-    Content may be a string, null or a list of text parts, which are joined by newlines. Raises RequestError that names
-    the message and the field.
+    Content is a string, tool-call arguments are objects where they are JSON objects. Sent content may be
+    a string, null or a list of text parts, which are joined by newlines. Raises RequestError that names the message and
+    the field.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise RequestError("messages must be a list of at least one message", param="messages")
@@ -163,7 +172,10 @@ def _kind(value: Any) -> str:
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a JSON value with every string changed, keys included. Raises RequestError when it is nested too deeply."""
+    """A copy of a JSON value with every string changed, keys included.
+
+    Raises RequestError when it is nested too deeply.
+    """
     try:
         return _map_nested(value, change)
     except RecursionError as error:
@@ -221,7 +233,10 @@ def _mark(message: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _content_ranges(base: str, marked: str) -> dict[int, tuple[int, int]]:
-    """Character ranges (without GUARDs) of the messages whose two marks stand once each; none if marks changed the text."""
+    """Character ranges (without GUARDs) of the messages whose two marks stand once each.
+
+    Empty if marks changed the text.
+    """
     if _MARK.sub("", marked) != base:
         return {}
     places: dict[int, dict[str, list[int]]] = {}

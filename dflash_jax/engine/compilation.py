@@ -13,8 +13,11 @@ _seen = 0
 
 
 def enable_persistent_cache() -> None:
-    """Keeps compiled programs in the cache folder, unless JAX was told of another place or the folder cannot be written."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    """Keeps compiled programs in the cache folder.
+
+    Does nothing if JAX was told of another place or the folder cannot be written.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return
     folder = cache_folder() / "programs"
     try:
@@ -31,7 +34,7 @@ def compilations() -> int:
     return _seen
 
 
-def _listen(event: str, duration: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     global _seen
     if event == "/jax/core/compile/backend_compile_duration":
         _seen = next(_compiled) + 1

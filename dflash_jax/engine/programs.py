@@ -29,7 +29,8 @@ _MOST = 2**31 - 1
 def put(value: Any) -> Any:
     """A pytree of arrays on the engine's device, committed to it.
 
-    Programs are compiled anew for arguments that are committed in another way, so everything that enters one passes here.
+    Programs are compiled anew for arguments that are committed in another way, so everything that enters one passes
+    here.
     """
     return jax.device_put(value, jax.devices()[0])
 
@@ -131,7 +132,10 @@ class Programs:
     def read_for_scoring(
         self, keys: Keys, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int, first: int
     ) -> Keys:
-        """The scorer reads one chunk of prompt at token index `start`; the `first` tokens read so far have their keys."""
+        """The scorer reads one chunk of prompt at token index `start`.
+
+        The `first` tokens read so far have their keys.
+        """
         arguments = (self._pad(tokens), self._pad(positions), table, np.asarray([start], np.int32), np.int32(first))
         pools, keys = self._read(self._scorer_weights.leaves, self._get_scorer_pools(), keys, *arguments)
         self._set_scorer_pools(pools)
@@ -246,31 +250,31 @@ def new_slots(
 ) -> Slots:
     """One slot at the beginning of an answer of at most `limit` tokens."""
     padded = (list(stop_ids) + [-1] * stops)[: max(stops, len(stop_ids))]
-    slots = Slots(
-        page_table=np.asarray(table, np.int32),
-        length=_one(length),
-        position=_one(position),
-        anchor=_one(anchor),
-        number=_one(0),
-        limit=_one(limit),
-        stop_ids=np.asarray([padded], np.int32),
-        live=np.asarray([limit > 0]),
-    )
-    return put(slots)
+    fields = {
+        "page_table": np.asarray(table, np.int32),
+        "length": _one(length),
+        "position": _one(position),
+        "anchor": _one(anchor),
+        "number": _one(0),
+        "limit": _one(limit),
+        "stop_ids": np.asarray([padded], np.int32),
+        "live": np.asarray([limit > 0]),
+    }
+    return Slots(**put(fields))
 
 
 def sampling_parameters(
     *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0
 ) -> SamplingParameters:
     """The device form of one request's sampling fields."""
-    parameters = SamplingParameters(
-        temperature=_one(temperature, np.float32),
-        top_k=_one(min(top_k, _MOST)),
-        top_p=_one(top_p, np.float32),
-        min_p=_one(min_p, np.float32),
-        seed=np.asarray([[(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF]], np.uint32),
-    )
-    return put(parameters)
+    fields = {
+        "temperature": _one(temperature, np.float32),
+        "top_k": _one(min(top_k, _MOST)),
+        "top_p": _one(top_p, np.float32),
+        "min_p": _one(min_p, np.float32),
+        "seed": np.asarray([[(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF]], np.uint32),
+    }
+    return SamplingParameters(**put(fields))
 
 
 def _one(value: float, dtype: Any = np.int32) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from dflash_jax.engine.answer import Answer, Job, Shared
 from dflash_jax.engine.request import FinishReason, OverloadedError
@@ -20,7 +20,7 @@ class Runner:
         self._shared = shared
         self._max_sessions, self._max_queue = max_sessions, max_queue
         self._waiting: collections.deque[Job] = collections.deque()
-        self._running: list[tuple[Answer, Iterator[None]]] = []
+        self._running: list[tuple[Answer, Generator[None, None, None]]] = []
         self._change = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="dflash-jax device", daemon=True)
@@ -84,7 +84,7 @@ class Runner:
             answer = Answer(self._waiting.popleft(), self._shared)
             self._running.append((answer, answer.steps()))
 
-    def _advance(self, answer: Answer, steps: Iterator[None]) -> bool:
+    def _advance(self, answer: Answer, steps: Generator[None, None, None]) -> bool:
         """One turn of an answer; whether it goes on. Whatever goes wrong ends this answer alone."""
         if answer.job.cancelled:
             steps.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -48,7 +48,10 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The text of a conversation. Raises RequestError when the template refuses it, or when there is no template."""
+        """The text of a conversation.
+
+        Raises RequestError when the template refuses it, or when there is no template.
+        """
         if self._template is None:
             raise RequestError(
                 "this model has no chat template: send `prompt` (plain text) instead of `messages`", param="messages"
@@ -72,7 +75,7 @@ class ChatTemplate:
 class _Generation(jinja2.ext.Extension):
     """{% generation %} marks assistant text for training masks; here its body is simply rendered."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -1,10 +1,10 @@
 """The weights formats of a linear map `[N, K]` (N outputs, K inputs): dense, 8 bits per row, 4 bits per group.
 
 W8: row n is `values[n] * scales[n]`.
-W4: signed 4 bits with one scale per group of 32 or 128 inputs. Four nibbles share an int16: the word in row `32 * b + i` of
-`packed` holds inputs `128 * b + i + (0, 32, 64, 96)`, lowest nibble first, so that one nibble plane of 32 words is a plain
-`[32, N]` tile and, with groups of 32, plane p of block b is exactly group `4 * b + p`. A nibble stands for its value + 8. K is
-padded to whole blocks of 128 with zeros.
+W4: signed 4 bits with one scale per group of 32 or 128 inputs. Four nibbles share an int16: the word in row
+`32 * b + i` of `packed` holds inputs `128 * b + i + (0, 32, 64, 96)`, lowest nibble first, so that one nibble plane of
+32 words is a plain `[32, N]` tile and, with groups of 32, plane p of block b is exactly group `4 * b + p`. A nibble
+stands for its value + 8. K is padded to whole blocks of 128 with zeros.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ def unpack_w4(packed: Int16[Array, "K/4 N"]) -> Int8[Array, "N K"]:
 
 
 def dequantise(weight: Weight, in_features: int | None = None) -> Float[Array, "N K"]:
-    """The f32 matrix that a weight stands for. A W4 has the columns that padded K, all zero, unless `in_features` cuts them."""
+    """The f32 matrix that a weight stands for.
+
+    A W4 has the columns that padded K, all zero, unless `in_features` cuts them.
+    """
     if isinstance(weight, W8):
         return weight.values.astype(jnp.float32) * weight.scales[:, None]
     if isinstance(weight, W4):
@@ -131,25 +134,26 @@ def take_rows(weight: Weight, ids: Int[Array, ...]) -> Float[Array, "... K"]:
 
 def concatenate(weights: Sequence[Weight]) -> Weight:
     """One weight whose outputs are those of all weights in turn, so that x is read once. All of one format and K."""
-    formats = {(type(weight), weight.group_size) if isinstance(weight, W4) else _kind(weight) for weight in weights}
+    formats = {_format(weight) for weight in weights}
     if len(formats) != 1:
         raise ValueError(
             f"weights of one format can be concatenated, got {sorted(map(str, formats))}: convert them alike"
         )
-    first = weights[0]
-    if isinstance(first, W8):
+    if eights := [weight for weight in weights if isinstance(weight, W8)]:
         return W8(
-            values=jnp.concatenate([weight.values for weight in weights], axis=0),
-            scales=jnp.concatenate([weight.scales for weight in weights], axis=0),
+            values=jnp.concatenate([weight.values for weight in eights], axis=0),
+            scales=jnp.concatenate([weight.scales for weight in eights], axis=0),
         )
-    if isinstance(first, W4):
+    if fours := [weight for weight in weights if isinstance(weight, W4)]:
         return W4(
-            packed=jnp.concatenate([weight.packed for weight in weights], axis=1),
-            scales=jnp.concatenate([weight.scales for weight in weights], axis=1),
-            group_size=first.group_size,
+            packed=jnp.concatenate([weight.packed for weight in fours], axis=1),
+            scales=jnp.concatenate([weight.scales for weight in fours], axis=1),
+            group_size=fours[0].group_size,
         )
-    return jnp.concatenate(list(weights), axis=0)
+    return jnp.concatenate([weight for weight in weights if not isinstance(weight, W8 | W4)], axis=0)
 
 
-def _kind(weight: Weight) -> Any:
+def _format(weight: Weight) -> Any:
+    if isinstance(weight, W4):
+        return type(weight), weight.group_size
     return type(weight) if isinstance(weight, W8) else jnp.dtype(weight.dtype)

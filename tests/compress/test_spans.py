@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -56,9 +58,7 @@ def test_spans_say_of_every_token_what_its_label_says(labels: list[int]) -> None
     prompt = Prompt(np.zeros(len(labels), np.int32), spans)
     said = [-1 if span.message is None else span.message for span in prompt.spans for _ in range(len(span))]
     assert said == labels
-    assert all(a.message != b.message for a, b in zip(spans, spans[1:], strict=False)), (
-        "runs are as long as they can be"
-    )
+    assert all(a.message != b.message for a, b in itertools.pairwise(spans)), "runs are as long as they can be"
     for span in spans:
         assert span.kind == ("structure" if span.message is None else "content")
         assert span.role == (None if span.message is None else roles[span.message])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from dflash_jax.speculate.pace import Pace, StepTimes
 
 TIMES = StepTimes(plain=0.01, block=0.02)
@@ -24,7 +26,7 @@ def test_a_bad_drafter_is_probed_ever_more_rarely() -> None:
     probes = [index for index, drafts in enumerate(drafted) if drafts and index > 4]
     assert drafted[:2] == [True, True]
     assert 4 <= len(probes) <= 12
-    assert sorted(gaps := [b - a for a, b in zip(probes, probes[1:], strict=False)]) == gaps
+    assert sorted(gaps := [b - a for a, b in itertools.pairwise(probes)]) == gaps
 
 
 def test_a_drafter_that_becomes_good_is_found_again() -> None:
