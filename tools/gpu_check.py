@@ -2,8 +2,9 @@
 
     python tools/gpu_check.py [--model MODEL | --no-model] [--json FILE]
 
-Prints a table with the error and the time of each case beside its floor (bytes over the device's bandwidth), writes it as JSON (to
-$OUT/gpu_check.json by default) and exits with status 1 if anything is wrong. CI has no GPU: run this before a change of device code lands.
+Prints a table with the error and the time of each case beside its floor (bytes over the device's bandwidth), writes it
+as JSON (to $OUT/gpu_check.json by default) and exits with status 1 if anything is wrong. CI has no GPU: run this before
+a change of device code lands.
 """
 
 from __future__ import annotations

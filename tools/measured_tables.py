@@ -1,0 +1,57 @@
+"""Writes the tables of README.md from the files in bench/results, so that no figure is typed by hand.
+
+python tools/measured_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+DEVICES = {"cpu": "2 CPU cores", "h100": "H100"}
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    tables = "\n".join([*prefill(), "", *decode()])
+    marked = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
+    readme.write_text(marked.sub(lambda found: f"{found[1]}\n{tables}\n\n{found[2]}", text), encoding="utf-8")
+
+
+def prefill() -> list[str]:
+    lines = [
+        "| SmolLM2-135M, prompt with a hidden fact | kept by PFlash | first token without | with PFlash | fact found |",
+        "|---|---|---|---|---|",
+    ]
+    for short, device in DEVICES.items():
+        for row in read(f"{short}-smollm2-prefill.json")["rows"]:
+            found = " / ".join("yes" if row[key] else "no" for key in ("found_plain", "found_pflash"))
+            lines.append(
+                f"| {device}, {row['prompt_tokens']:,} tokens | {row['kept_tokens']:,} | {row['ttft_s_plain']:.2f} s "
+                f"| {row['ttft_s_pflash']:.2f} s | {found} |"
+            )
+    return lines
+
+
+def decode() -> list[str]:
+    lines = ["| SmolLM2-135M, one answer at a time | tokens/s |", "|---|---|"]
+    for short, device in DEVICES.items():
+        report = read(f"{short}-smollm2-decode.json")
+        name = report["model"].rpartition("-")[2]
+        lines.append(f"| {device}, {name}, plain | {report['total']['tok_s_plain']:.0f} |")
+    other = json.loads((RESULTS / "cpu-smollm2-llama-cpp.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    lines.append(f"| {DEVICES['cpu']}, llama.cpp, the published Q4_1 file, same minutes | {other['total_tok_s']:.0f} |")
+    return lines
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
