@@ -303,5 +303,5 @@ def test_bench(monkeypatch, tmp_path, name, arguments, options):
     (tmp_path / "p.jsonl").write_text("{}")
     files = ["--prompts", f"{tmp_path}/p.jsonl", "--json", "out.json"]
     assert run("bench", name, "m", *files, *arguments.split()).exit_code == 0
-    expected = {"prompts": tmp_path / "p.jsonl", "json_file": Path("out.json"), **options}
+    expected = {"prompts": tmp_path / "p.jsonl", "json_file": Path("out.json"), "plot": None, **options}
     assert calls == [((Path("m"),), expected)]
