@@ -14,7 +14,8 @@ import numpy as np
 from checkpoints.errors import CheckpointError
 from checkpoints.gguf_tokenizer import tokenizer_json
 from checkpoints.source import Reader, Source
-from dflash_jax.models.config import ModelConfig, from_hf
+from dflash_jax.models.config import ModelConfig
+from dflash_jax.models.hf_config import from_hf
 
 ARCHITECTURES = ("llama", "qwen3")
 """Values of general.architecture that are read."""

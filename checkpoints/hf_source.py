@@ -12,28 +12,12 @@ import numpy as np
 import safetensors
 
 from checkpoints.errors import CheckpointError
-from checkpoints.source import Reader, Source
-from dflash_jax.models.config import DrafterConfig, ModelConfig, drafter_from_hf, from_hf
+from checkpoints.hf_names import canonical_name, is_skipped
+from checkpoints.source import Reader, Source, family
+from dflash_jax.models.config import DrafterConfig, ModelConfig
+from dflash_jax.models.hf_config import drafter_from_hf, from_hf, token_ids
 
-_TOP = {
-    "model.embed_tokens.weight": "embed",
-    "model.norm.weight": "final_norm",
-    "lm_head.weight": "lm_head",
-    "fc.weight": "feature_projection",
-    "hidden_norm.weight": "feature_norm",
-    "norm.weight": "final_norm",
-}
-_LAYER = {
-    "input_layernorm.weight": "attention_norm",
-    "post_attention_layernorm.weight": "mlp_norm",
-    **{f"self_attn.{name}_proj.weight": f"attention.{name}" for name in "qkvo"},
-    **{f"self_attn.{name}_proj.bias": f"attention.{name}_bias" for name in "qkv"},
-    **{f"self_attn.{name}_norm.weight": f"attention.{name}_norm" for name in "qk"},
-    **{f"mlp.{name}_proj.weight": f"mlp.{name}" for name in ("gate", "up", "down")},
-}
 _DTYPES = ("F32", "F16", "BF16")
-_IGNORED = ("rotary_emb.inv_freq",)
-"""Ends of names that hold nothing that the config does not say."""
 
 
 def read_folder(path: Path) -> Source:
@@ -43,21 +27,32 @@ def read_folder(path: Path) -> Source:
         raise CheckpointError(f"{path} is quantised already: give the folder of the original weights, or a .gguf file")
     config = _config(path, described)
     readers: dict[str, Reader] = {}
-    shapes, origin = {}, {}
+    shapes, origin, skipped = {}, {}, []
     for file in _weight_files(path):
         for own, shape in _shapes(file).items():
-            if own.endswith(_IGNORED):
+            if is_skipped(own, config):
+                skipped.append(own)
                 continue
-            name = canonical_name(own)
+            name = canonical_name(own, config)
             if name is None:
-                raise CheckpointError(
-                    f"{file}: tensor {own} is unknown; supported are llama, qwen3 and DFlash drafters"
-                )
-            if name == "lm_head" and isinstance(config, ModelConfig) and config.tied_embeddings:
-                continue  # some tied checkpoints store the matrix twice
+                raise CheckpointError(f"{file}: tensor {own} is unknown in a {family(config)} model")
             readers[name] = functools.partial(_read, file, own)
-            shapes[name], origin[name] = shape, own
-    return Source(path, config, shapes, readers, origin, _text(path / "tokenizer.json"), _chat_template(path))
+            shapes[name], origin[name] = flat_shape(shape), own
+    return Source(
+        path=path,
+        config=config,
+        shapes=shapes,
+        readers=readers,
+        origin=origin,
+        tokenizer_json=_text(path / "tokenizer.json"),
+        chat_template=_chat_template(path),
+        skipped=tuple(skipped),
+    )
+
+
+def flat_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The matrices of experts `[experts, out, in]` stand below each other in ours."""
+    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
 
 
 def _config(path: Path, described: dict[str, Any]) -> ModelConfig | DrafterConfig:
@@ -66,9 +61,10 @@ def _config(path: Path, described: dict[str, Any]) -> ModelConfig | DrafterConfi
             return drafter_from_hf(described)
         config = from_hf(described)
         generation = path / "generation_config.json"
-        stops = _json(generation).get("eos_token_id") if generation.exists() else None
-        more = stops if isinstance(stops, list) else [] if stops is None else [stops]
-        return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys([*config.stop_ids, *map(int, more)])))
+        more = _json(generation) if generation.exists() else {}
+        stops = dict.fromkeys([*config.stop_ids, *token_ids(more.get("eos_token_id"))])
+        never = dict.fromkeys([*config.suppressed_ids, *token_ids(more.get("suppress_tokens"))])
+        return dataclasses.replace(config, stop_ids=tuple(stops), suppressed_ids=tuple(never))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
 
@@ -112,16 +108,8 @@ def _read(file: Path, name: str) -> np.ndarray:
     import ml_dtypes  # noqa: F401  (numpy learns bfloat16, which safetensors hands out)
 
     with safetensors.safe_open(str(file), framework="numpy") as tensors:
-        return np.asarray(tensors.get_tensor(name)).astype(np.float32)
-
-
-def canonical_name(name: str) -> str | None:
-    """Our name for a tensor of a Hugging Face or z-lab checkpoint; None for one that has no place in our models."""
-    if name in _TOP:
-        return _TOP[name]
-    prefix, _, rest = name.removeprefix("model.").partition(".")
-    index, _, rest = rest.partition(".")
-    return f"layers.{index}.{_LAYER[rest]}" if prefix == "layers" and index.isdigit() and rest in _LAYER else None
+        values = np.asarray(tensors.get_tensor(name)).astype(np.float32)
+    return values.reshape(flat_shape(values.shape))
 
 
 def _chat_template(path: Path) -> str | None:

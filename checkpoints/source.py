@@ -27,6 +27,8 @@ class Source:
     origin: Mapping[str, str]
     tokenizer_json: str | None = None
     chat_template: str | None = None
+    skipped: tuple[str, ...] = ()
+    """The source's names of tensors that nobody reads: other modalities, copies."""
 
     @property
     def table(self) -> dict[str, Parameter]:

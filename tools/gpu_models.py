@@ -22,8 +22,9 @@ from dflash_jax.bench.haystack import NEEDLES, conversation
 from dflash_jax.engine.engine import Engine
 from dflash_jax.engine.loading import Model, load_model
 from dflash_jax.engine.target import Target
-from dflash_jax.models.config import DrafterConfig, default_target_layers
+from dflash_jax.models.config import DrafterConfig
 from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.hf_config import default_target_layers
 
 CHAT = [
     {"role": "user", "content": "Write a Python function that returns the n-th Fibonacci number, with a docstring."}

@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 import checkpoints
 from checkpoints.hf_source import canonical_name
 from checkpoints.random_models import random_drafter
-from dflash_jax.models.config import ModelConfig, default_target_layers, drafter_from_hf
+from dflash_jax.models.config import ModelConfig
+from dflash_jax.models.hf_config import default_target_layers, drafter_from_hf
 
 _NAMES = ("fc.weight", "hidden_norm.weight", "norm.weight")
 _PARTS = (

@@ -1,8 +1,7 @@
 """The normalised record that describes every target family to one decoder.
 
 A family differs from another only in data: per-layer numbers (`LayerConfig`) and a few switches of the whole model
-(`ModelConfig`). `from_hf` reads the `config.json` spellings that are found in practice and refuses what it does not
-know.
+(`ModelConfig`). hf_config.py makes these records from the `config.json` spellings that are found in practice.
 """
 
 from __future__ import annotations
@@ -10,14 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
-
-FAMILIES = ("llama", "qwen3")
-"""Families whose numbers are tested against a reference implementation."""
-
-_MISTRAL_WINDOW = 4096
-"""What transformers takes for a Mistral config without the field; one with null has full attention."""
 
 
 class ConfigError(ValueError):
@@ -65,10 +56,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """What one decoder layer needs to know about itself.
-
-    `window` is the number of keys that a query may see, itself included; None is full attention.
-    """
+    """What one decoder layer needs to know about itself."""
 
     head_dim: int
     num_kv_heads: int
@@ -76,6 +64,20 @@ class LayerConfig:
     attention_scale: float
     rope: RopeConfig
     window: int | None = None
+    """Keys that a query may see, itself included; None is full attention."""
+    values_are_keys: bool = False
+    """One projection serves both: V is what K is before its norm and RoPE (Gemma 4's full layers)."""
+    kv_source: int | None = None
+    """The layer whose K and V this one reads; it has none of its own then. Such layers come last (Gemma 4 E2B, E4B)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """Mixture of experts beside the dense MLP of every layer (Gemma 4 26B-A4B): `active` of `count` experts a token."""
+
+    count: int
+    active: int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,17 @@ class ModelConfig:
     embedding_scale: float = 1.0
     final_softcap: float | None = None
     attention_bias: bool = False
-    """Bias on q, k and v, not on o."""
+    """Bias on q, k and v (Qwen2)."""
+    output_bias: bool = False
+    """Bias on o."""
+    layer_scalar: bool = False
+    """Each layer ends with a multiplication of the residual stream by one number (Gemma 4)."""
+    experts: ExpertsConfig | None = None
+    per_layer_width: int = 0
+    """Numbers per layer that a token's per-layer embedding has (Gemma 4 E2B and E4B); 0 without one."""
+    per_layer_vocab: int = 0
+    suppressed_ids: tuple[int, ...] = ()
+    """Tokens that are never generated."""
 
     @property
     def num_layers(self) -> int:
@@ -123,105 +135,14 @@ class ModelConfig:
             layers = tuple(
                 LayerConfig(**{**layer, "rope": RopeConfig(**layer["rope"])}) for layer in fields.pop("layers")
             )
-            stop_ids = tuple(fields.pop("stop_ids"))
-            return cls(layers=layers, stop_ids=stop_ids, **fields)
+            experts = fields.pop("experts", None)
+            for name in ("stop_ids", "suppressed_ids"):
+                fields[name] = tuple(fields.get(name, ()))
+            return cls(layers=layers, experts=ExpertsConfig(**experts) if experts else None, **fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"config.json is not a dflash-jax model record: {error}; convert the model again"
             ) from error
-
-
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """Normalises a Hugging Face `config.json`.
-
-    Raises ConfigError for a family that is not supported or a field with a value that the decoder does not know.
-    """
-    family = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}.get(str(config.get("model_type")))
-    if family is None:
-        raise ConfigError(
-            f"model family {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    where = f"config.json of family {family}"
-    hidden, heads = _count(config, "hidden_size", where), _count(config, "num_attention_heads", where)
-    num_layers, width = _count(config, "num_hidden_layers", where), _count(config, "intermediate_size", where)
-    vocab_size = _count(config, "vocab_size", where)
-    head_dim = _optional_count(config, "head_dim", where, hidden // heads)
-    layer = LayerConfig(
-        head_dim=head_dim,
-        num_kv_heads=_optional_count(config, "num_key_value_heads", where, heads),
-        mlp_width=width,
-        attention_scale=head_dim**-0.5,
-        rope=_rope(config),
-    )
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act {config['hidden_act']!r} is not supported for family {family}; supported: silu")
-    if config.get("mlp_bias"):
-        raise ConfigError("mlp_bias true is not supported")
-    if config.get("attention_bias"):
-        # In these families it means a bias on the output projection too, which the decoder does not have.
-        raise ConfigError(f"attention_bias true is not supported for family {family}; supported: false")
-    if config["model_type"] == "mistral":
-        window = config.get("sliding_window", _MISTRAL_WINDOW)
-        layer = dataclasses.replace(layer, window=int(window) if window else None)
-    elif family != "llama" and config.get("use_sliding_window") and config.get("sliding_window"):
-        raise ConfigError(f"sliding_window {config['sliding_window']} is not supported for family {family}")
-    return ModelConfig(
-        family=family,
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        num_heads=heads,
-        layers=(layer,) * num_layers,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        context_length=int(config.get("max_position_embeddings", 2048)),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        stop_ids=_ids(config.get("eos_token_id")),
-        bos_id=next(iter(_ids(config.get("bos_token_id"))), None),
-        qk_norm=family == "qwen3",
-    )
-
-
-def _count(fields: Mapping[str, Any], name: str, where: str, least: int = 1) -> int:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        given = "missing" if value is None else repr(value)
-        raise ConfigError(f"{where}: {name} is {given}, expected a whole number of at least {least}")
-    return value
-
-
-def _optional_count(fields: Mapping[str, Any], name: str, where: str, default: int) -> int:
-    return default if fields.get(name) is None else _count(fields, name, where)
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(int(item) for item in value) if isinstance(value, list | tuple) else (int(value),)
-
-
-def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    """Both spellings: flat `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5."""
-    parameters = config.get("rope_parameters") or {
-        **(config.get("rope_scaling") or {}),
-        "rope_theta": config.get("rope_theta"),
-    }
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    try:
-        if kind == "default":
-            return RopeConfig(theta=theta)
-        if kind == "linear":
-            return RopeConfig(theta=theta, linear_factor=float(parameters["factor"]))
-        if kind == "llama3":
-            return RopeConfig(
-                theta=theta,
-                llama3_factor=float(parameters["factor"]),
-                llama3_low_freq_factor=float(parameters["low_freq_factor"]),
-                llama3_high_freq_factor=float(parameters["high_freq_factor"]),
-                llama3_original_context=int(parameters["original_max_position_embeddings"]),
-            )
-    except KeyError as error:
-        raise ConfigError(f"rope type {kind} needs the field {error}, which config.json does not have") from error
-    raise ConfigError(f"rope type {kind!r} is not supported; supported: default, linear, llama3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,52 +188,3 @@ class DrafterConfig:
             return cls(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"config.json is not a dflash-jax drafter record: {error}; convert it again") from error
-
-
-def default_target_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
-    """Which target layers feed a drafter that does not say so: evenly spread from layer 1 to the last but two."""
-    if num_draft_layers == 1:
-        return (num_target_layers // 2,)
-    return tuple(
-        round(1 + index * (num_target_layers - 4) / (num_draft_layers - 1)) for index in range(num_draft_layers)
-    )
-
-
-def drafter_from_hf(config: Mapping[str, Any]) -> DrafterConfig:
-    """Normalises the `config.json` of z-lab's DFlash checkpoints.
-
-    Raises ConfigError when a field is missing or names a variant that is not supported.
-    """
-    options = dict(config.get("dflash_config") or {})
-    unsupported = [
-        name
-        for name in ("projector_type", "conv_kernel_size", "selector_rank", "attention_sink_bias")
-        if options.get(name)
-    ]
-    if unsupported:
-        raise ConfigError(f"drafter variant with {', '.join(unsupported)} is not supported; supported: DFlash 1")
-    where = "config.json of a drafter"
-    hidden, heads = _count(config, "hidden_size", where), _count(config, "num_attention_heads", where)
-    count, num_target_layers = _count(config, "num_hidden_layers", where), _count(config, "num_target_layers", where)
-    width, vocab_size = _count(config, "intermediate_size", where), _count(config, "vocab_size", where)
-    mask_id = _count(options, "mask_token_id", f"dflash_config in {where}", least=0)
-    kinds = list(config.get("layer_types") or ["full_attention"] * count)
-    window = config.get("sliding_window") or options.get("swa_window_size")
-    sliding = [kind == "sliding_attention" for kind in kinds]
-    is_causal = config.get("is_causal", options.get("causal"))
-    return DrafterConfig(
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=_optional_count(config, "num_key_value_heads", where, heads),
-        head_dim=_optional_count(config, "head_dim", where, hidden // heads),
-        mlp_width=width,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope=_rope(config),
-        block_size=int(config.get("block_size") or options.get("block_size") or 16),
-        mask_id=mask_id,
-        target_layers=tuple(options.get("target_layer_ids") or default_target_layers(num_target_layers, count)),
-        windows=tuple(int(window) if slides and window else None for slides in sliding),
-        causal=tuple(slides if is_causal is None else bool(is_causal) for slides in sliding),
-        num_target_layers=num_target_layers,
-        vocab_size=vocab_size,
-    )

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.models.config import LayerConfig, ModelConfig
+from dflash_jax.models.experts import Experts
 from dflash_jax.models.layers import (
     GatedMlp,
     KvPool,
@@ -28,6 +29,7 @@ from dflash_jax.models.layers import (
     rotate,
     write_rows,
 )
+from dflash_jax.models.per_layer import PerLayerEmbedding, PerLayerGate
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.quantised_matmul import api as quantised_matmul
 
@@ -45,7 +47,8 @@ class Place:
     page_size: int
 
 
-QueriesKeys = tuple[Float[Array, "slots rows heads head_dim"], Float[Array, "slots rows kv_heads head_dim"]]
+QueriesKeys = tuple[Float[Array, "slots rows heads _head_dim"], Float[Array, "slots rows _kv_heads _head_dim"]]
+"""Before RoPE. For a layer that reads another one's K and V, the other one's keys."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +67,21 @@ class Pass:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention over the pool, with the family's norms on q, k and v."""
+    """Grouped-query attention over the pool, with the family's norms on q, k and v.
+
+    A layer with a `kv_source` has queries only and reads the pool of that layer.
+    """
 
     def __init__(self, parameters: Mapping[str, Weight], config: ModelConfig, layer: LayerConfig) -> None:
-        names = ("q", "k", "v")
+        own = layer.kv_source is None
+        names = ("q", *(("k",) if layer.values_are_keys else ("k", "v"))) if own else ("q",)
         bias = jnp.concatenate([dense(parameters[f"{name}_bias"]) for name in names]) if config.attention_bias else None
         self.qkv = Linear(quantised_matmul.concatenate([parameters[name] for name in names]), bias)
-        self.out = Linear(parameters["o"])
+        self.out = Linear(parameters["o"], dense(parameters["o_bias"]) if config.output_bias else None)
         norm = {"eps": config.norm_eps, "offset": config.norm_offset}
         self.q_norm = RMSNorm(dense(parameters["q_norm"]), **norm) if config.qk_norm else None
-        self.k_norm = RMSNorm(dense(parameters["k_norm"]), **norm) if config.qk_norm else None
-        self.v_norm = RMSNorm(None, eps=config.norm_eps) if config.v_norm else None
+        self.k_norm = RMSNorm(dense(parameters["k_norm"]), **norm) if config.qk_norm and own else None
+        self.v_norm = RMSNorm(None, eps=config.norm_eps) if config.v_norm and own else None
         self.num_heads = config.num_heads
         self.layer = layer
 
@@ -82,25 +89,26 @@ class Attention(nnx.Module):
         self, x: Float[Array, "slots rows dim"]
     ) -> tuple[
         Float[Array, "slots rows heads head_dim"],
-        Float[Array, "slots rows kv_heads head_dim"],
-        Float[Array, "slots rows kv_heads head_dim"],
+        Float[Array, "slots rows kv_heads head_dim"] | None,
+        Float[Array, "slots rows kv_heads head_dim"] | None,
     ]:
-        """Queries, keys and values with their norms, before RoPE."""
-        layer = self.layer
+        """Queries, keys and values with their norms, before RoPE; None for what another layer provides."""
         slots, rows, _ = x.shape
-        heads = self.qkv(x).reshape(slots, rows, self.num_heads + 2 * layer.num_kv_heads, layer.head_dim)
-        q, k, v = jnp.split(heads, [self.num_heads, self.num_heads + layer.num_kv_heads], axis=2)
-        return (
-            q if self.q_norm is None else self.q_norm(q),
-            k if self.k_norm is None else self.k_norm(k),
-            v if self.v_norm is None else self.v_norm(v),
-        )
+        heads = self.qkv(x).reshape(slots, rows, -1, self.layer.head_dim)
+        q, kv = heads[:, :, : self.num_heads], heads[:, :, self.num_heads :]
+        q = q if self.q_norm is None else self.q_norm(q)
+        if self.layer.kv_source is not None:
+            return q, None, None
+        k, v = (kv, kv) if self.layer.values_are_keys else jnp.split(kv, 2, axis=2)
+        return q, k if self.k_norm is None else self.k_norm(k), v if self.v_norm is None else self.v_norm(v)
 
     def __call__(
         self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place
-    ) -> tuple[Float[Array, "slots rows dim"], KvPool, QueriesKeys]:
+    ) -> tuple[Float[Array, "slots rows dim"], KvPool, tuple[Array, Array | None]]:
+        """The mix, the pool with the rows' own K and V, and queries and own keys before RoPE."""
         q, k, v = self.project(x)
-        pool = write_rows(pool, rotate(k, rope), v, place.page_table, place.starts, place.page_size)
+        if k is not None and v is not None:
+            pool = write_rows(pool, rotate(k, rope), v, place.page_table, place.starts, place.page_size)
         mixed = block_attention(
             rotate(q, rope),
             *pool,
@@ -113,29 +121,55 @@ class Attention(nnx.Module):
         return self.out(mixed.reshape(*x.shape[:2], -1)), pool, (q, k)
 
 
-class DecoderLayer(nnx.Module):
-    """Attention and gated MLP with pre-norms, and post-norms where the family has them."""
+class FeedForward(nnx.Module):
+    """Gated MLP with pre-norm, and the family's post-norm; beside it experts, whose router reads the same residual."""
 
-    def __init__(self, parameters: Mapping[str, Weight], config: ModelConfig, layer: LayerConfig) -> None:
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(dense(parameters[name]), eps=config.norm_eps, offset=config.norm_offset)
-
-        self.attention_norm = norm("attention_norm")
-        self.attention = Attention(below(parameters, "attention."), config, layer)
-        self.attention_post_norm = norm("attention_post_norm") if config.sandwich_norms else None
-        self.mlp_norm = norm("mlp_norm")
+    def __init__(self, parameters: Mapping[str, Weight], config: ModelConfig) -> None:
+        norm = {"eps": config.norm_eps, "offset": config.norm_offset}
+        self.norm = RMSNorm(dense(parameters["mlp_norm"]), **norm)
         self.mlp = GatedMlp(
             parameters["mlp.gate"], parameters["mlp.up"], parameters["mlp.down"], activation=config.activation
         )
-        self.mlp_post_norm = norm("mlp_post_norm") if config.sandwich_norms else None
+        self.post_norm = RMSNorm(dense(parameters["mlp_post_norm"]), **norm) if config.sandwich_norms else None
+        self.experts = Experts(below(parameters, "experts."), config) if config.experts else None
+        self.dense_post_norm = RMSNorm(dense(parameters["mlp.dense_post_norm"]), **norm) if config.experts else None
+
+    def __call__(self, x: Float[Array, "slots rows dim"]) -> Float[Array, "slots rows dim"]:
+        wide = self.mlp(self.norm(x))
+        if self.experts is not None and self.dense_post_norm is not None:
+            wide = self.dense_post_norm(wide) + self.experts(x)
+        return wide if self.post_norm is None else self.post_norm(wide)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention, feed-forward and, where the family has them, per-layer embeddings and a scalar at the end."""
+
+    def __init__(self, parameters: Mapping[str, Weight], config: ModelConfig, layer: LayerConfig) -> None:
+        norm = {"eps": config.norm_eps, "offset": config.norm_offset}
+        self.attention_norm = RMSNorm(dense(parameters["attention_norm"]), **norm)
+        self.attention = Attention(below(parameters, "attention."), config, layer)
+        sandwich = config.sandwich_norms
+        self.attention_post_norm = RMSNorm(dense(parameters["attention_post_norm"]), **norm) if sandwich else None
+        self.feed_forward = FeedForward(parameters, config)
+        self.per_layer = PerLayerGate(below(parameters, "per_layer."), config) if config.per_layer_width else None
+        self.scalar = nnx.Param(dense(parameters["scalar"])) if config.layer_scalar else None
 
     def __call__(
-        self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place
-    ) -> tuple[Float[Array, "slots rows dim"], KvPool, QueriesKeys]:
+        self,
+        x: Float[Array, "slots rows dim"],
+        rope: tuple[Array, Array],
+        pool: KvPool,
+        place: Place,
+        per_layer: Float[Array, "slots rows width"] | None = None,
+    ) -> tuple[Float[Array, "slots rows dim"], KvPool, tuple[Array, Array | None]]:
         mixed, pool, unrotated = self.attention(self.attention_norm(x), rope, pool, place)
         x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
-        wide = self.mlp(self.mlp_norm(x))
-        return x + (wide if self.mlp_post_norm is None else self.mlp_post_norm(wide)), pool, unrotated
+        x = x + self.feed_forward(x)
+        if self.per_layer is not None and per_layer is not None:
+            x = x + self.per_layer(x, per_layer)
+        if self.scalar is not None:
+            x = x * self.scalar.get_value().astype(x.dtype)[None, None, :]
+        return x, pool, unrotated
 
 
 class Decoder(nnx.Module):
@@ -145,6 +179,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.embedding = nnx.Param(parameters["embed"])
+        self.per_layer = PerLayerEmbedding(below(parameters, "per_layer."), config) if config.per_layer_width else None
         self.layers = nnx.List(
             [
                 DecoderLayer(below(parameters, f"layers.{index}."), config, layer)
@@ -175,18 +210,24 @@ class Decoder(nnx.Module):
         first layer that does not run, of which only queries and keys are computed.
         """
         x = self.embed(tokens)
+        per_layer = None if self.per_layer is None else self.per_layer(tokens, x)
         tables = {}
-        new_pools, features, taken = list(pools), {}, {}
+        new_pools, features = list(pools), {}
+        taken: dict[int | None, QueriesKeys] = {}
         for index, layer in enumerate(self.config.layers[:num_layers]):
             key = (layer.rope, layer.head_dim)
             if key not in tables:
                 tables[key] = rope_tables(*key, place.positions)
-            x, new_pools[index], taken[index] = self.layers[index](x, tables[key], pools[index], place)
+            source = index if layer.kv_source is None else layer.kv_source
+            own = None if per_layer is None else per_layer[:, :, index]
+            x, new_pools[source], (q, k) = self.layers[index](x, tables[key], new_pools[source], place, own)
+            taken[index] = (q, taken[source][1] if k is None else k)
             if index in capture:
                 features[index] = x
         if num_layers is not None and num_layers in unrotated:
             layer = self.layers[num_layers]
-            taken[num_layers] = layer.attention.project(layer.attention_norm(x))[:2]
+            q, k, _ = layer.attention.project(layer.attention_norm(x))
+            taken[num_layers] = (q, taken[self.config.layers[num_layers].kv_source][1] if k is None else k)
         joined = jnp.concatenate([features[index] for index in capture], axis=-1) if capture else None
         return Pass(x, tuple(new_pools), joined, tuple(taken[index] for index in unrotated))
 
@@ -201,15 +242,15 @@ class Decoder(nnx.Module):
         else:
             scores = self.head(normed).astype(jnp.float32)
         cap = self.config.final_softcap
-        return scores if cap is None else cap * jnp.tanh(scores / cap)
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        never = self.config.suppressed_ids
+        return scores.at[..., jnp.asarray(never)].set(-jnp.inf) if never else scores
 
 
 def empty_pools(config: ModelConfig, *, num_pages: int, page_size: int, dtype: DTypeLike) -> tuple[KvPool, ...]:
-    """Zeroed K and V pools for every layer; page 0 is the one that nobody reads."""
-    return tuple(
-        (
-            jnp.zeros((num_pages * page_size, layer.num_kv_heads, layer.head_dim), dtype),
-            jnp.zeros((num_pages * page_size, layer.num_kv_heads, layer.head_dim), dtype),
-        )
-        for layer in config.layers
-    )
+    """Zeroed K and V pools of the layers that have their own (the first ones); page 0 is the one that nobody reads."""
+
+    def zeros(layer: LayerConfig) -> Array:
+        return jnp.zeros((num_pages * page_size, layer.num_kv_heads, layer.head_dim), dtype)
+
+    return tuple((zeros(layer), zeros(layer)) for layer in config.layers if layer.kv_source is None)

@@ -13,8 +13,11 @@ from dflash_jax.models.config import RopeConfig
 from pallas_kernels.quantised_matmul import api as quantised_matmul
 
 Weight = quantised_matmul.Weight
-KvPool = tuple[Float[Array, "tokens kv_heads head_dim"], Float[Array, "tokens kv_heads head_dim"]]
-"""K and V of one layer: `pages * page_size` rows each, shared by all sequences through page tables."""
+KvPool = tuple[Float[Array, "tokens _kv_heads _head_dim"], Float[Array, "tokens _kv_heads _head_dim"]]
+"""K and V of one layer: `pages * page_size` rows each, shared by all sequences through page tables.
+
+Layers differ in heads (the underscores tell jaxtyping so).
+"""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -41,7 +44,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         product = quantised_matmul.matmul(x, self.weight.get_value())
-        return product if self.bias is None else product + self.bias.get_value().astype(x.dtype)
+        if self.bias is None:
+            return product
+        return product + jnp.expand_dims(self.bias.get_value().astype(x.dtype), range(product.ndim - 1))
 
 
 def _mean_square(x: Float[Array, "... dim"]) -> Float[Array, "... 1"]:

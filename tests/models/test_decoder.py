@@ -18,7 +18,19 @@ import checkpoints
 from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.decoder import Decoder, Pass, Place, empty_pools
 
-MODELS = ("llama_tied", "llama_rope_scaled", "llama_window", "qwen3", "qwen3_tied")
+MODELS = (
+    "llama_tied",
+    "llama_rope_scaled",
+    "llama_window",
+    "qwen2",
+    "qwen3",
+    "qwen3_tied",
+    "gemma3",
+    "gemma3_multimodal",
+    "gemma4",
+    "gemma4_experts",
+    "gemma4_per_layer",
+)
 TOLERANCE = 5e-4
 PAGE_SIZE = 8
 # Pages of the two sequences are interleaved and out of order; page 0 belongs to nobody.
@@ -125,16 +137,17 @@ def test_positions_of_a_pruned_prompt_may_jump(target: Target) -> None:
 
 
 def test_early_exit_stops_after_the_layers_asked_for(target: Target) -> None:
-    before = target.pools()
-    result, _ = target.run(target.expected["input_ids"], before, [0, 0], num_layers=2, unrotated=(2,))
-    assert_close(result.hidden, target.expected["hidden_states"][2])
-    assert np.array_equal(result.pools[2][0], before[2][0])
-    assert not np.array_equal(result.pools[1][0], before[1][0])
+    before, last = target.pools(), target.config.num_layers - 1
+    result, _ = target.run(target.expected["input_ids"], before, [0, 0], num_layers=last, unrotated=(last,))
+    assert_close(result.hidden, target.expected["hidden_states"][last])
+    same = [jax.tree.all(jax.tree.map(np.array_equal, *pair)) for pair in zip(result.pools, before, strict=True)]
+    assert same == [index == last for index in range(len(before))]
     assert_queries_and_keys(result, target)
 
 
 def test_queries_and_keys_before_rope_of_a_layer_that_runs(target: Target) -> None:
-    result, _ = target.run(target.expected["input_ids"], target.pools(), [0, 0], unrotated=(2,))
+    last = target.config.num_layers - 1
+    result, _ = target.run(target.expected["input_ids"], target.pools(), [0, 0], unrotated=(last,))
     assert_queries_and_keys(result, target)
 
 

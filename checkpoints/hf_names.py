@@ -1,0 +1,87 @@
+"""Tensor names of Hugging Face and z-lab checkpoints, and ours. A family differs from another only in these tables."""
+
+from __future__ import annotations
+
+from dflash_jax.models.config import DrafterConfig, ModelConfig
+
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+"""In front of a text model's names, longest first; multimodal checkpoints have the longer ones."""
+_OTHER_MODALITIES = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "multi_modal_projector", "visual")
+
+_TOP = {"embed_tokens.weight": "embed", "norm.weight": "final_norm", "lm_head.weight": "lm_head"}
+_DRAFTER_TOP = {
+    "fc.weight": "feature_projection",
+    "hidden_norm.weight": "feature_norm",
+    "norm.weight": "final_norm",
+}
+_GEMMA4_TOP = {
+    **_TOP,
+    "embed_tokens_per_layer.weight": "per_layer.embed",
+    "per_layer_model_projection.weight": "per_layer.projection",
+    "per_layer_projection_norm.weight": "per_layer.norm",
+}
+_LAYER = {
+    "input_layernorm.weight": "attention_norm",
+    "post_attention_layernorm.weight": "mlp_norm",
+    **{f"self_attn.{name}_proj.weight": f"attention.{name}" for name in "qkvo"},
+    **{f"self_attn.{name}_proj.bias": f"attention.{name}_bias" for name in "qkvo"},
+    **{f"self_attn.{name}_norm.weight": f"attention.{name}_norm" for name in "qk"},
+    **{f"mlp.{name}_proj.weight": f"mlp.{name}" for name in ("gate", "up", "down")},
+}
+_GEMMA_LAYER = {
+    **_LAYER,
+    "post_attention_layernorm.weight": "attention_post_norm",
+    "pre_feedforward_layernorm.weight": "mlp_norm",
+    "post_feedforward_layernorm.weight": "mlp_post_norm",
+}
+_GEMMA4_LAYER = {
+    **_GEMMA_LAYER,
+    "layer_scalar": "scalar",
+    "router.proj.weight": "experts.router",
+    "router.scale": "experts.router_scale",
+    "router.per_expert_scale": "experts.scale",
+    "experts.gate_up_proj": "experts.gate_up",
+    "experts.down_proj": "experts.down",
+    "pre_feedforward_layernorm_2.weight": "experts.norm",
+    "post_feedforward_layernorm_1.weight": "mlp.dense_post_norm",
+    "post_feedforward_layernorm_2.weight": "experts.post_norm",
+    "per_layer_input_gate.weight": "per_layer.gate",
+    "per_layer_projection.weight": "per_layer.out",
+    "post_per_layer_input_norm.weight": "per_layer.post_norm",
+}
+_TABLES = {
+    "gemma3": (_TOP, _GEMMA_LAYER),
+    "gemma4": (_GEMMA4_TOP, _GEMMA4_LAYER),
+    "drafter": (_DRAFTER_TOP, _LAYER),
+}
+_IGNORED = ("rotary_emb.inv_freq",)
+"""Ends of names that hold nothing that the config does not say."""
+
+
+def canonical_name(name: str, config: ModelConfig | DrafterConfig) -> str | None:
+    """Our name for a tensor of a checkpoint; None for one that has no place in a model of this family."""
+    top, layer = _TABLES.get("drafter" if isinstance(config, DrafterConfig) else config.family, (_TOP, _LAYER))
+    short = next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
+    if short in top:
+        return top[short]
+    kind, _, rest = short.partition(".")
+    index, _, rest = rest.partition(".")
+    return f"layers.{index}.{layer[rest]}" if kind == "layers" and index.isdigit() and rest in layer else None
+
+
+def is_skipped(name: str, config: ModelConfig | DrafterConfig) -> bool:
+    """Whether a tensor is left alone: of another modality, a constant, or a copy that this model does not read."""
+    if name.endswith(_IGNORED) or any(part in name.split(".") for part in _OTHER_MODALITIES):
+        return True
+    if isinstance(config, DrafterConfig):
+        return False
+    ours = canonical_name(name, config) or ""
+    if ours == "lm_head":
+        return config.tied_embeddings  # some tied checkpoints store the matrix twice
+    kind, _, rest = ours.partition(".")
+    index, _, rest = rest.partition(".")
+    if kind != "layers" or int(index) >= config.num_layers:
+        return False
+    # Published files hold keys and values of layers that read another layer's.
+    shares = config.layers[int(index)].kv_source is not None
+    return shares and rest in ("attention.k", "attention.v", "attention.k_norm")
