@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import checkpoints
+from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.decoder import Decoder, Place, empty_pools
 from dflash_jax.models.drafter import empty_drafter_pools
 from dflash_jax.speculate.loop import Visit, decode, prefill
@@ -61,7 +64,7 @@ def _visit(
 
 def answer(
     target: Decoder,
-    drafter: object | None,
+    drafter: Any,
     tokens: int,
     *,
     rows: int = 16,
@@ -69,24 +72,25 @@ def answer(
     stop_ids: tuple[int, ...] = (),
     max_steps: int = 3,
     first_position: int | None = None,
+    prompt: np.ndarray = PROMPT,
 ) -> tuple[list[int], int]:
     """Token ids and steps of an answer; the host looks every `max_steps` steps."""
-    networks = Networks(target, drafter)  # type: ignore[arg-type]
+    networks = Networks(target, drafter)
     sizes = {"num_pages": PAGES + 1, "page_size": PAGE_SIZE, "dtype": F32}
-    pools = Pools(empty_pools(TARGET, **sizes), empty_drafter_pools(DRAFTER, **sizes) if drafter else ())
+    pools = Pools(empty_pools(target.config, **sizes), empty_drafter_pools(drafter.config, **sizes) if drafter else ())
     table = jnp.arange(1, PAGES + 1, dtype=jnp.int32)[None]
-    length = len(PROMPT) - 1
+    length = len(prompt) - 1
 
     def one(value: int) -> jax.Array:
         return jnp.asarray([value], jnp.int32)
 
     positions = jnp.arange(length, dtype=jnp.int32)[None]
-    pools = prefill(networks, pools, jnp.asarray(PROMPT[None, :-1]), positions, table, one(0), page_size=PAGE_SIZE)
+    pools = prefill(networks, pools, jnp.asarray(prompt[None, :-1]), positions, table, one(0), page_size=PAGE_SIZE)
     slots = Slots(
         page_table=table,
         length=one(length),
         position=one(length if first_position is None else first_position),
-        anchor=one(int(PROMPT[-1])),
+        anchor=one(int(prompt[-1])),
         number=one(0),
         limit=one(tokens),
         stop_ids=jnp.asarray([[*stop_ids, -1]], jnp.int32),
@@ -151,6 +155,28 @@ def test_same_tokens_with_any_drafter(target: Decoder, kind: str, options: dict[
         assert steps == 4  # 16 + 16 + 16 + 2
     if kind == "hostile":
         assert steps == 50
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "gemma4_experts", "gemma4_per_layer"])
+def test_same_tokens_in_every_family(goldens: Path, name: str) -> None:
+    """Windows, experts, layers that share K and V: 50 tokens beyond a window of 8, sampled, for variety."""
+    checkpoint = checkpoints.load(goldens / name)
+    assert isinstance(checkpoint.config, ModelConfig)
+    target = Decoder(checkpoint.config, checkpoint.parameters, dtype=F32)
+    prompt = PROMPT % checkpoint.config.vocab_size
+    config = dataclasses.replace(
+        DRAFTER,
+        hidden_size=checkpoint.config.hidden_size,
+        vocab_size=checkpoint.config.vocab_size,
+        num_target_layers=checkpoint.config.num_layers,
+    )
+    asked: dict[str, Any] = {"options": SAMPLED, "prompt": prompt}
+    plain, _ = answer(target, None, 50, rows=1, **asked)
+    assert len(set(plain)) > 8
+    assert answer(target, tiny_drafter(config=config), 50, **asked)[0] == plain
+    ids, steps = answer(target, ScriptedDrafter(target, prompt.tolist() + plain, config), 50, **asked)
+    assert ids == plain
+    assert steps == 4
 
 
 @pytest.mark.parametrize("rows", [2, 5, 16])
