@@ -19,6 +19,7 @@ from dflash_jax.compress.score import QUESTION_ROWS, early_exit, full_depth
 from dflash_jax.compress.spans import Prompt
 from dflash_jax.control.rules import Rule, initial
 from dflash_jax.control.state import Observation
+from dflash_jax.engine import self_check
 from dflash_jax.engine.answer import Job, Shared, follow
 from dflash_jax.engine.chat import build_prompt, text_prompt
 from dflash_jax.engine.compilation import compilations
@@ -109,6 +110,7 @@ class Engine:
             fixed_keep_ratio=keep_ratio,
             times=StepTimes(plain=0.03, block=0.03),
         )
+        self._drafter_accept_length = 0.0
         self._max_sessions = max_sessions
         self._runner: Runner | None = None
         self._start = threading.Lock()
@@ -145,6 +147,27 @@ class Engine:
         self._shared.times = self._shared.programs.measure_steps()
         if progress:
             progress("ready", len(steps), len(steps))
+
+    def self_check(self) -> str | None:
+        """Drafts a few canned answers and returns a warning if the drafter does not seem to belong to the target.
+
+        Call it before requests come in. None also when there is no drafter or no tokenizer.
+        """
+        if not self._shared.programs.has_drafter or self._tokenizer is None:
+            return None
+        mode, self._shared.dflash = self._shared.dflash, "on"
+        try:
+            answers = [self._canned_answer(text).stats.dflash for text in self_check.PROMPTS]
+        finally:
+            self._shared.dflash = mode
+        drafted = [stats for stats in answers if stats is not None]
+        steps = sum(stats.verify_steps for stats in drafted)
+        self._drafter_accept_length = sum(stats.committed_tokens for stats in drafted) / steps if steps else 0.0
+        return self_check.warning(self._drafter_accept_length)
+
+    def _canned_answer(self, text: str) -> Result:
+        prompt = text if self._template.source is None else [{"role": "user", "content": text}]
+        return self.generate(prompt, max_tokens=min(self_check.TOKENS, self.context_length // 4), ignore_eos=True)
 
     def _warm_up_controller(self) -> None:
         observation = Observation(np.float32(1), np.int32(1), np.bool_(False), np.bool_(False))
@@ -222,6 +245,7 @@ class Engine:
             "pages_used": float(pages.used),
             "pages_total": float(pages.total),
             "compilations": float(compilations()),
+            "drafter_self_check_accept_length": self._drafter_accept_length,
         }
 
     def close(self, drain: bool = False) -> None:

@@ -46,6 +46,10 @@ class Engine(Protocol):
         """Compiles what serving needs."""
         ...
 
+    def self_check(self) -> str | None:
+        """A warning if the drafter does not seem to belong to the target."""
+        ...
+
     def close(self, drain: bool = False) -> None:
         """Finishes the running answers (drain) or cancels them, and waits for that."""
         ...

@@ -38,6 +38,7 @@ _GAUGES = {
     "pages_used": "Pages of the KV cache in use.",
     "pages_total": "Pages of the KV cache.",
     "compilations": "Programs compiled since the start; it must not grow while serving.",
+    "drafter_self_check_accept_length": "Accept length on canned prompts at the start; 0 without a drafter.",
 }
 
 

@@ -31,8 +31,12 @@ def serve(engine: Engine | Callable[[Progress], Engine], host: str, port: int, a
         with progress_bar() as progress:
             ready = engine if not callable(engine) else engine(progress)
             ready.warm_up(progress)
+            progress("checking the drafter", 0, 0)
+            warning = ready.self_check()
         try:
             _listen(listener, port)
+            if warning:
+                print(warning, file=sys.stderr, flush=True)
             print(_greeting(ready, listener, api_key), flush=True)
             _run(ready, listener, api_key)
         finally:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dflash_jax.engine import self_check
 from dflash_jax.engine.engine import Engine
 from dflash_jax.engine.programs import Programs
 from dflash_jax.engine.request import Event, Finished, OverloadedError, Request, RequestError, Sampling, TextDelta
@@ -75,6 +76,27 @@ def test_same_tokens_without_drafter_with_random_drafter_and_with_oracle(make: C
     assert oracle.token_ids == plain.token_ids
     assert oracle.stats.dflash is not None
     assert oracle.stats.dflash.verify_steps == 3
+
+
+def test_self_check_warns_of_a_drafter_that_is_never_right(make: Callable[..., Engine]) -> None:
+    engine = make(tiny_model(tiny_drafter()), dflash="auto", pflash="off")
+    warning = engine.self_check()
+    assert warning is not None and "WARNING" in warning and "mask id" in warning
+    assert 1.0 <= engine.gauges()["drafter_self_check_accept_length"] < 1.5
+    assert make(tiny_model(), pflash="off").self_check() is None
+
+
+def test_self_check_is_content_with_a_drafter_that_is_right(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_check, "PROMPTS", self_check.PROMPTS[:1])
+    chat = [{"role": "user", "content": self_check.PROMPTS[0]}]
+    plain = make(tiny_model(), dflash="off", pflash="off")
+    ids = plain.generate(chat, max_tokens=self_check.TOKENS, ignore_eos=True).token_ids
+    script = [0] * plain.count_tokens(chat) + list(ids)
+    oracle = make(tiny_model(ScriptedDrafter(tiny_model().target, script)), dflash="auto", pflash="off")
+    assert oracle.self_check() is None
+    assert oracle.gauges()["drafter_self_check_accept_length"] == 16.0
 
 
 def test_a_conversation_that_goes_on_needs_little_prefill_and_answers_the_same(

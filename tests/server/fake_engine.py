@@ -58,6 +58,7 @@ class FakeEngine:
         self.max_queue, self.submit_error, self.submit_delay = max_queue, submit_error, submit_delay
         self.handles: list[Handle] = []
         self.warm = False
+        self.warning: str | None = None
         self._waiting: collections.deque[Handle] = collections.deque()
         self._active = 0
         self._closing = False
@@ -70,6 +71,9 @@ class FakeEngine:
             progress("compiling", 0, 2)
             progress("ready", 2, 2)
         self.warm = True
+
+    def self_check(self) -> str | None:
+        return self.warning
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Handle:
         time.sleep(self.submit_delay)
