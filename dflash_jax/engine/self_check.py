@@ -19,6 +19,6 @@ def warning(accept_length: float) -> str | None:
     return (
         f"WARNING: the drafter's accept length is {accept_length:.2f} on canned prompts (expected: "
         f"{LEAST_ACCEPT_LENGTH} or more). Answers stay right but are not faster. Likely causes: the drafter was "
-        "trained for another target or another chat template, its target layer ids or mask id are off by one, its RoPE or "
-        "embedding scale differs, or it was quantised."
+        "trained for another target or another chat template, its target layer ids or mask id are off by one, its "
+        "RoPE or embedding scale differs, or it was quantised."
     )
