@@ -236,8 +236,23 @@ def bench() -> None:
 @_plot
 @_drafter
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens per answer.")
-def decode(model: Path | None, **options: Any) -> None:
-    """Tokens per second with and without DFlash, and whether the tokens are equal."""
+@click.option("--shape", type=click.Choice(["gemma4-31b", "gemma4-12b", "qwen3-8b"]), help="A big model's sizes.")
+@click.option("--random", "random_weights", is_flag=True, help="Random weights for --shape; no MODEL is read.")
+@click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="With --shape; may be repeated.")
+def decode(
+    model: Path | None, shape: str | None, random_weights: bool, contexts: tuple[int, ...], **options: Any
+) -> None:
+    """Tokens per second with and without DFlash, and whether the tokens are equal.
+
+    With --shape and --random: the time of a step and of a block of a big model beside what reading its weights costs.
+    """
+    if (shape is None) == random_weights:
+        raise click.UsageError("--shape and --random belong together")
+    if shape is not None:
+        from dflash_jax.bench import shapes
+
+        shapes.run(shape, contexts or (4096, 32_768), options["json_file"])
+        return
     from dflash_jax.bench import decode
 
     decode.run(model, **options)

@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
@@ -86,6 +88,62 @@ class ScoringCase:
         return 2 * self.length * self.kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
 
 
+@dataclasses.dataclass(frozen=True)
+class MatmulCase:
+    """Arguments of a matmul with a quantised weight: `rows` of `inputs` numbers, `outputs` numbers out."""
+
+    name: str
+    rows: int
+    inputs: int
+    outputs: int
+    weights: str = "w4"
+    group_size: int = 32
+    dtype: str = "bfloat16"
+
+    def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments; random words, every nibble and scale of its own."""
+        generator = np.random.default_rng(seed)
+        x = generator.standard_normal((self.rows, self.inputs), np.float32)
+        if self.weights == "w8":
+            values = generator.integers(-127, 128, (self.outputs, self.inputs), dtype=np.int8)
+            scales = generator.uniform(0.5, 1.5, self.outputs).astype(np.float32) / 2000
+            return (jnp.asarray(x, self.dtype), W8(jnp.asarray(values), jnp.asarray(scales))), {}
+        padded = -(-self.inputs // BLOCK) * BLOCK
+        packed = generator.integers(-(2**15), 2**15, (padded // 4, self.outputs), dtype=np.int16)
+        scales = generator.uniform(0.5, 1.5, (padded // self.group_size, self.outputs)).astype(np.float32) / 100
+        weight = W4(jnp.asarray(packed), jnp.asarray(scales, jnp.bfloat16), self.group_size)
+        return (jnp.asarray(x, self.dtype), weight), {}
+
+    @property
+    def bytes(self) -> int:
+        """The weight, which must be read once."""
+        if self.weights == "w8":
+            return self.inputs * self.outputs
+        return self.inputs * self.outputs // 2 + 2 * self.inputs * self.outputs // self.group_size
+
+
+SMALL_MATMUL = (
+    MatmulCase("w4 by 32", 16, 256, 128),
+    MatmulCase("w4 by 128", 16, 384, 256, group_size=128),
+    MatmulCase("one row", 1, 256, 128),
+    MatmulCase("twenty rows", 20, 256, 128),
+    MatmulCase("padded inputs", 16, 200, 128),
+    MatmulCase("odd outputs", 16, 256, 192),
+    MatmulCase("w8", 16, 256, 128, weights="w8"),
+    MatmulCase("w8, odd sizes", 5, 192, 160, weights="w8"),
+)
+LARGE_MATMUL = (
+    MatmulCase("Gemma 4 31B gate and up", 16, 5376, 43_008),
+    MatmulCase("Gemma 4 31B down", 16, 21_504, 5376),
+    MatmulCase("Gemma 4 31B local qkv", 16, 5376, 16_384),
+    MatmulCase("Gemma 4 31B local o", 16, 8192, 5376),
+    MatmulCase("Gemma 4 31B head", 16, 5376, 262_144),
+    MatmulCase("Gemma 4 31B gate and up, groups of 128", 16, 5376, 43_008, group_size=128),
+    MatmulCase("Gemma 4 31B gate and up, 32 rows", 32, 5376, 43_008),
+    MatmulCase("Qwen3-8B gate and up", 16, 4096, 24_576),
+    MatmulCase("SmolLM2 gate and up", 16, 576, 3072),
+    MatmulCase("Qwen3-8B gate and up, w8", 16, 4096, 24_576, weights="w8"),
+)
 SMALL_ATTENTION = (
     AttentionCase("one row", (37,), 1, 4, 2, 16, 16, 4),
     AttentionCase("block", (21, 5), 16, 6, 2, 32, 16, 4),
@@ -95,13 +153,18 @@ SMALL_ATTENTION = (
     AttentionCase("chunk", (33,), 60, 4, 1, 32, 32, 4),
     AttentionCase("bf16", (37,), 16, 4, 2, 64, 32, 3, dtype="bfloat16"),
     AttentionCase("nothing before", (0,), 16, 2, 1, 16, 16, 1),
+    AttentionCase("splits", (200, 3), 16, 4, 2, 32, 16, 16),
+    AttentionCase("splits and window", (200,), 16, 4, 2, 32, 16, 16, window=40),
+    AttentionCase("head of 512", (70,), 16, 4, 1, 512, 16, 6),
 )
 LARGE_ATTENTION = (
     AttentionCase("SmolLM2 step, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16"),
     AttentionCase("SmolLM2 chunk, 8K", (7_000,), 1024, 9, 3, 64, 128, 64, dtype="bfloat16"),
     AttentionCase("Qwen3-8B step, 32K", (32_000,), 16, 32, 8, 128, 128, 256, dtype="bfloat16"),
     AttentionCase("Gemma 3 27B local step, 32K", (32_000,), 16, 32, 16, 128, 128, 256, dtype="bfloat16", window=1024),
-    AttentionCase("head of 256, 8K", (8_000,), 16, 16, 8, 256, 128, 64, dtype="bfloat16"),
+    AttentionCase("Gemma 4 31B local step, 32K", (32_000,), 16, 32, 16, 256, 128, 256, dtype="bfloat16", window=1024),
+    AttentionCase("Gemma 4 31B global step, 32K", (32_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
+    AttentionCase("Gemma 4 31B global step, 4K of 32K", (4_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
 )
 SMALL_SCORING = (
     ScoringCase("mean", 70, 5, 4, 2, 32, 16, 6),

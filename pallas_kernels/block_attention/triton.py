@@ -1,12 +1,14 @@
 """Block attention as a Pallas Triton kernel.
 
-One program works on one slot, one KV head and one tile of query rows; the heads that share the KV head stand below each
-other in the tile, so that K and V are read once for all of them. It walks over the pages that its rows can see, in
-blocks of keys at fixed absolute positions, with an online softmax in f32. Neighbouring rows are masked, never mixed in:
-a row's bits do not depend on them.
+One program works on one slot, one KV head, one tile of query rows and one share of the keys; the heads that share the
+KV head stand below each other in the tile, so that K and V are read once for all of them. Blocks of keys lie at fixed
+absolute positions and are dealt out in turn: of S splits, split s takes blocks s, s + S, s + 2 S ... that its rows can
+see, with an online softmax in f32. So all programs are busy whatever the length of the context, and a row's sums do not
+depend on how far its neighbours reach. Neighbouring rows are masked, never mixed in: a row's bits do not depend on
+them. The splits are put together by XLA, always in the same order.
 
-    grid (slots, kv_heads, tiles)       q tile [rows * group, D] stays in registers
-      for each block of keys            K block [BLOCK, D] -> scores -> running maximum and sum -> V block [BLOCK, D]
+    grid (slots * splits, kv_heads, tiles)   q tile [rows * group, D] stays in registers
+      for each block of the split            K block [BLOCK, D] -> scores -> running maximum and sum -> V block
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ _TILE = 64
 """Query rows times heads of one program, at most; a power of two."""
 _LEAST_TILE = 16
 """Tensor cores take 16 rows."""
+_TILE_NUMBERS = 16_384
+"""A tile's sums are so many f32 numbers at most, or they spill."""
+_PROGRAMS, _MOST_SPLITS = 264, 64
+"""Programs to aim at (two for each of an H100's 132 multiprocessors), and splits that are worth putting together."""
 _LOWEST = -1e30
 """Stands for minus infinity: a difference of two of them is a number."""
 
@@ -48,17 +54,20 @@ def block_attention(
     for name, size in (("head_dim", head_dim), ("page_size", page_size)):
         if size & (size - 1) or size < 16:
             raise NotImplementedError(f"block_attention on Triton takes powers of two from 16 on, got {name} {size}")
-    tile = min(_TILE, max(_LEAST_TILE, pl.next_power_of_2(rows * group)))
+    most = min(_TILE, max(_LEAST_TILE, _TILE_NUMBERS // head_dim))
+    tile = min(most, max(_LEAST_TILE, pl.next_power_of_2(rows * group)))
     tiles = -(-rows * group // tile)
+    key_block = min(_KEY_BLOCK, page_size)
+    splits = _splits(batch * kv_heads * tiles, page_table.shape[1] * page_size // key_block)
     stacked = queries.reshape(batch, rows, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
     stacked = stacked.reshape(batch, kv_heads, rows * group, head_dim).astype(key_pool.dtype)
     stacked = jnp.pad(stacked, ((0, 0), (0, 0), (0, tiles * tile - rows * group), (0, 0)))
-    key_block = min(_KEY_BLOCK, page_size)
     kernel = functools.partial(
         _kernel,
         rows=rows,
         group=group,
         tile=tile,
+        splits=splits,
         key_block=key_block,
         page_size=page_size,
         num_pages=page_table.shape[1],
@@ -67,19 +76,44 @@ def block_attention(
         causal=causal,
     )
     whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
-    tile_spec = pl.BlockSpec((None, None, tile, head_dim), lambda slot, head, index: (slot, head, index, 0))
-    mixed = pl.pallas_call(
+    shape = (splits, batch, kv_heads, tiles * tile)
+    sums_spec = pl.BlockSpec(
+        (None, None, None, tile), lambda place, head, t: (place % splits, place // splits, head, t)
+    )
+    mixed, highest, total = pl.pallas_call(
         kernel,
-        grid=(batch, kv_heads, tiles),
-        in_specs=[tile_spec, whole, whole, whole, whole],
-        out_specs=tile_spec,
-        out_shape=jax.ShapeDtypeStruct(stacked.shape, jnp.float32),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        grid=(batch * splits, kv_heads, tiles),
+        in_specs=[
+            pl.BlockSpec((None, None, tile, head_dim), lambda place, head, t: (place // splits, head, t, 0)),
+            *[whole] * 4,
+        ],
+        out_specs=[
+            pl.BlockSpec(
+                (None, None, None, tile, head_dim), lambda place, head, t: (place % splits, place // splits, head, t, 0)
+            ),
+            sums_spec,
+            sums_spec,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ],
+        compiler_params=plt.CompilerParams(num_warps=8 if head_dim > 256 else 4, num_stages=2),
         interpret=interpret,
         name="block_attention",
     )(stacked, key_pool, value_pool, page_table, starts)
+    share = jnp.exp(highest - jnp.max(highest, axis=0, keepdims=True))  # [splits, B, kv_heads, tiles * tile]
+    total = jnp.sum(total * share, axis=0)
+    mixed = jnp.sum(mixed * share[..., None], axis=0) / jnp.where(total == 0.0, 1.0, total)[..., None]
     mixed = mixed[:, :, : rows * group].reshape(batch, kv_heads, rows, group, head_dim)
     return mixed.transpose(0, 2, 1, 3, 4).reshape(batch, rows, heads, head_dim).astype(queries.dtype)
+
+
+def _splits(programs: int, key_blocks: int) -> int:
+    """A power of two; it follows from shapes alone, so that the same row is always split alike."""
+    wanted = min(_MOST_SPLITS, max(1, _PROGRAMS // programs), max(1, key_blocks // 2))
+    return 1 << (wanted.bit_length() - 1)
 
 
 def _kernel(
@@ -88,11 +122,14 @@ def _kernel(
     value_ref,
     table_ref,
     starts_ref,
-    out_ref,
+    mixed_ref,
+    highest_ref,
+    total_ref,
     *,
     rows: int,
     group: int,
     tile: int,
+    splits: int,
     key_block: int,
     page_size: int,
     num_pages: int,
@@ -100,7 +137,8 @@ def _kernel(
     window: int | None,
     causal: bool,
 ) -> None:
-    slot, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    place, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
     start = starts_ref[slot]
     query = query_ref[...]
     precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
@@ -111,12 +149,14 @@ def _kernel(
     last_seen = token if causal else jnp.full_like(token, start + rows - 1)
     end = (last_token if causal else start + rows - 1) // key_block + 1
     end = jnp.minimum(end, num_pages * (page_size // key_block))
-    first_seen = 0 if window is None else jnp.maximum(first_token - (window - 1), 0)
-    begin = jnp.int32(first_seen) // key_block
+    first_seen = jnp.int32(0) if window is None else jnp.maximum(first_token - (window - 1), 0)
+    begin = jax.lax.div(first_seen, key_block)
+    begin = begin + jax.lax.rem(split + splits - jax.lax.rem(begin, splits), splits)  # the split's first one from there
+    visits = jax.lax.div(jnp.maximum(end - begin, 0) + splits - 1, splits)
 
-    def visit(block, state):
+    def visit(number, state):
         highest, total, mixed = state
-        place = block * key_block
+        place = (begin + number * splits) * key_block
         page = table_ref[slot, jax.lax.div(place, page_size)]
         at = pl.ds(page * page_size + jax.lax.rem(place, page_size), key_block)
         key = plt.load(key_ref.at[at, head, :])
@@ -138,5 +178,7 @@ def _kernel(
         jnp.zeros((tile, 1), jnp.float32),
         jnp.zeros((tile, query.shape[1]), jnp.float32),
     )
-    _, total, mixed = jax.lax.fori_loop(begin, end, visit, state)
-    out_ref[...] = mixed / jnp.where(total == 0.0, 1.0, total)
+    highest, total, mixed = jax.lax.fori_loop(0, visits, visit, state)
+    mixed_ref[...] = mixed
+    highest_ref[...] = highest[:, 0]
+    total_ref[...] = total[:, 0]

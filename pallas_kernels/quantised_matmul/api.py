@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantised_matmul import int8_activations, reference
+from pallas_kernels.quantised_matmul import int8_activations, reference, triton
 from pallas_kernels.quantised_matmul.weights import (
     W4,
     W8,
@@ -34,7 +36,7 @@ __all__ = [
     "unpack_w4",
 ]
 
-IMPLEMENTATIONS = ("reference", "int8_activations")
+IMPLEMENTATIONS = ("reference", "int8_activations", "triton")
 
 
 def matmul(x: Float[Array, "... K"], weight: Weight, *, implementation: str | None = None) -> Float[Array, "... N"]:
@@ -45,19 +47,25 @@ def matmul(x: Float[Array, "... K"], weight: Weight, *, implementation: str | No
     """
     _check(x, weight)
     if implementation is None:
-        implementation = _default(weight)
+        implementation = _default(x, weight)
     if implementation == "int8_activations":
         if not isinstance(weight, W8):
             raise NotImplementedError(f"int8_activations takes W8 weights, got {type(weight).__name__}: use reference")
         return int8_activations.matmul(x, weight)
+    if implementation == "triton":
+        return triton.matmul(x, weight)
     if implementation == "reference":
         return reference.matmul(x, weight)
     raise NotImplementedError(f"matmul has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
 
 
-def _default(weight: Weight) -> str:
-    on_cpu = jax.default_backend() == "cpu"
-    return "int8_activations" if on_cpu and isinstance(weight, W8) else "reference"
+def _default(x: Array, weight: Weight) -> str:
+    backend = jax.default_backend()
+    if backend == "cpu" and isinstance(weight, W8):
+        return "int8_activations"
+    rows = math.prod(x.shape[:-1])
+    fits = isinstance(weight, W4 | W8) and triton.why_not(rows, x.dtype, weight) is None
+    return "triton" if backend == "gpu" and fits else "reference"
 
 
 def _check(x: Array, weight: Weight) -> None:

@@ -1,0 +1,209 @@
+"""`dflash-jax bench decode --shape`: steps of a big model on random 4-bit weights, beside what reading them costs.
+
+No checkpoint is needed: the time of a step does not depend on what the numbers are. Tokens per second follow from the
+time of a block and an accept length, which only a real drafter on real text can tell.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dflash_jax.bench.report import BANDWIDTH, environment, write
+from dflash_jax.compress.score import early_exit
+from dflash_jax.console import progress_bar
+from dflash_jax.engine.profile import profile_for_device
+from dflash_jax.engine.programs import Programs, new_slots, sampling_parameters
+from dflash_jax.models.config import DrafterConfig, ModelConfig, RopeConfig
+from dflash_jax.models.decoder import Decoder
+from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.hf_config import from_hf
+from dflash_jax.models.parameters import Parameter, drafter_parameters, target_parameters
+from pallas_kernels.quantised_matmul.api import W4
+
+_GEMMA4 = {
+    "model_type": "gemma4_text",
+    "attention_k_eq_v": True,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+    "max_position_embeddings": 262_144,
+}
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+TARGETS: dict[str, dict[str, Any]] = {
+    "gemma4-31b": {
+        **_GEMMA4,
+        "num_hidden_layers": 60,
+        "hidden_size": 5376,
+        "intermediate_size": 21_504,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+    },
+    "gemma4-12b": {
+        **_GEMMA4,
+        "num_hidden_layers": 48,
+        "hidden_size": 3840,
+        "intermediate_size": 15_360,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 1,
+    },
+    "qwen3-8b": {
+        **_QWEN3,
+        "num_hidden_layers": 36,
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 40_960,
+    },
+}
+"""Published sizes, in the spelling of their config.json."""
+_DRAFTERS: dict[str, dict[str, Any]] = {
+    "gemma4-31b": {"heads": (64, 8), "width": 10_752, "targets": (1, 12, 23, 35, 46, 57)},
+    "gemma4-12b": {"heads": (32, 8), "width": 7680, "targets": (5, 17, 29, 41, 46)},
+    "qwen3-8b": {"heads": (32, 8), "width": 12_288, "targets": (1, 9, 17, 25, 33)},
+}
+_DRAFTER_LAYERS, _DRAFTER_WINDOW = 5, 2048
+_ACCEPT_LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+_NIBBLE_DEVIATION = 4.6
+_STEPS = 16
+
+
+def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> dict[str, Any]:
+    """Times plain steps and blocks (draft and verify) at each context, prints a table, returns the report."""
+    config = from_hf(TARGETS[shape])
+    profile = profile_for_device()
+    with progress_bar() as progress:
+        progress("random weights", 0, 0)
+        target = Decoder(config, _parameters(target_parameters(config), four_bits=True), dtype=profile.dtype)
+        drafter_config = _drafter_config(shape, config)
+        drafter = Drafter(
+            drafter_config, _parameters(drafter_parameters(drafter_config), four_bits=False), dtype=profile.dtype
+        )
+        pages = -(-(max(contexts) + _STEPS * profile.block_rows * 8) // profile.page_size)
+        programs = Programs(
+            target, drafter, None, early_exit(config), profile=profile, num_pages=pages + 1, pages_per_sequence=pages
+        )
+        sizes = (_bytes(target), _bytes(drafter))
+        del target, drafter
+        rows = []
+        for context in contexts:
+            progress(f"context {context}", len(rows), len(contexts))
+            rows.append(_row(programs, config, context, pages, sizes))
+    report = {**environment(), "model": f"{shape}, random w4 weights", "rows": rows}
+    _print(report)
+    write(json_file, report)
+    return report
+
+
+def _row(programs: Programs, config: ModelConfig, context: int, pages: int, sizes: tuple[int, int]) -> dict[str, Any]:
+    step, block = (_seconds(programs, context, pages, draft=draft) for draft in (False, True))
+    kv = _kv_bytes(config, context, programs.profile.dtype.itemsize)
+    bandwidth = BANDWIDTH.get(jax.devices()[0].device_kind)
+    limit = (sizes[0] + kv) / bandwidth if bandwidth else None
+    drafting = (sizes[1] + _head_bytes(config)) / bandwidth if bandwidth else None
+    return {
+        "context": context,
+        "rows": programs.profile.plain_rows,
+        "step_ms": round(1000 * step, 3),
+        "limit_ms": round(1000 * limit, 3) if limit else None,
+        "block_ms": round(1000 * block, 3),
+        "block_limit_ms": round(1000 * (limit + drafting), 3) if limit and drafting else None,
+        "tok_s_at_accept_length": {str(length): round(length / block, 1) for length in _ACCEPT_LENGTHS},
+    }
+
+
+def _seconds(programs: Programs, context: int, pages: int, *, draft: bool) -> float:
+    """Seconds of a step, the best of a few visits; the first one compiles."""
+    best = math.inf
+    for _ in range(4):
+        slots = new_slots(
+            programs.page_table(range(1, pages + 1)),
+            length=context,
+            position=context,
+            anchor=5,
+            limit=1 << 20,
+            stop_ids=(),
+        )
+        started = time.perf_counter()
+        visit, _ = programs.decode(slots, sampling_parameters(temperature=0.0), draft=draft, max_steps=_STEPS)
+        best = min(best, (time.perf_counter() - started) / int(visit.steps))
+    return best
+
+
+def _parameters(table: dict[str, Parameter], *, four_bits: bool) -> dict[str, Any]:
+    """Random parameters, made on the device: activations keep their size from layer to layer."""
+    made: dict[str, Any] = {}
+    for index, (name, parameter) in enumerate(table.items()):
+        key = jax.random.key(index)
+        if not parameter.matrix:
+            made[name] = jnp.ones(parameter.shape, jnp.float32)
+        elif four_bits:
+            outputs, inputs = parameter.shape
+            words = jax.random.bits(key, (-(-inputs // 128) * 32, outputs), jnp.uint16).view(jnp.int16)
+            scale = 1 / (_NIBBLE_DEVIATION * inputs**0.5)
+            made[name] = W4(words, jnp.full((-(-inputs // 128) * 4, outputs), scale, jnp.bfloat16), 32)
+        else:
+            gain = parameter.shape[-1] ** -0.5
+            made[name] = jax.random.normal(key, parameter.shape, jnp.bfloat16) * jnp.bfloat16(gain)
+    return made
+
+
+def _drafter_config(shape: str, config: ModelConfig) -> DrafterConfig:
+    sizes = _DRAFTERS[shape]
+    heads, kv_heads = sizes["heads"]
+    return DrafterConfig(
+        hidden_size=config.hidden_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        mlp_width=sizes["width"],
+        norm_eps=1e-6,
+        rope=RopeConfig(theta=1e6),
+        block_size=16,
+        mask_id=4,
+        target_layers=sizes["targets"],
+        windows=(_DRAFTER_WINDOW,) * (_DRAFTER_LAYERS - 1) + (None,),
+        causal=(True,) * (_DRAFTER_LAYERS - 1) + (False,),
+        num_target_layers=config.num_layers,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _bytes(module: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(module) if hasattr(leaf, "nbytes"))
+
+
+def _head_bytes(config: ModelConfig) -> int:
+    """The target's head in 4 bits, which drafting reads once more."""
+    return int(config.vocab_size * config.hidden_size * (0.5 + 2 / 32))
+
+
+def _kv_bytes(config: ModelConfig, context: int, width: int) -> int:
+    """K and V that a step reads: all tokens on full layers, a window of them on the others."""
+    seen = [min(context, layer.window or context) * layer.num_kv_heads * layer.head_dim for layer in config.layers]
+    return 2 * width * int(np.sum(seen))
+
+
+def _print(report: dict[str, Any]) -> None:
+    table = Table(title=f"{report['model']} on {report['device']}")
+    for title in ("context", "step ms", "limit ms", "of limit", "block ms", "tok/s at τ 1, 4, 6, 8"):
+        table.add_column(title, justify="right")
+    for row in report["rows"]:
+        share = f"{100 * row['limit_ms'] / row['step_ms']:.0f} %" if row["limit_ms"] else "-"
+        rates = row["tok_s_at_accept_length"]
+        rate_cell = ", ".join(f"{rates[length]:.0f}" for length in ("1", "4", "6", "8"))
+        cells = (row["context"], row["step_ms"], row["limit_ms"] or "-", share, row["block_ms"], rate_cell)
+        table.add_row(*map(str, cells))
+    Console().print(table)
