@@ -1,7 +1,8 @@
 """`dflash-jax bench decode --shape`: steps of a big model on random 4-bit weights, beside what reading them costs.
 
 No checkpoint is needed: the time of a step does not depend on what the numbers are. Tokens per second follow from the
-time of a block and an accept length, which only a real drafter on real text can tell.
+time of a block and an accept length, which only a real drafter on real text can tell. The tokens of both kinds of steps
+are compared all the same.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> d
 
 
 def _row(programs: Programs, config: ModelConfig, context: int, pages: int, sizes: tuple[int, int]) -> dict[str, Any]:
-    step, block = (_seconds(programs, context, pages, draft=draft) for draft in (False, True))
+    (step, plain), (block, drafted) = (_visit(programs, context, pages, draft=draft) for draft in (False, True))
     kv = _kv_bytes(config, context, programs.profile.dtype.itemsize)
     bandwidth = BANDWIDTH.get(jax.devices()[0].device_kind)
     limit = (sizes[0] + kv) / bandwidth if bandwidth else None
@@ -120,13 +121,14 @@ def _row(programs: Programs, config: ModelConfig, context: int, pages: int, size
         "limit_ms": round(1000 * limit, 3) if limit else None,
         "block_ms": round(1000 * block, 3),
         "block_limit_ms": round(1000 * (limit + drafting), 3) if limit and drafting else None,
+        "equal_tokens": plain.tolist() == drafted[: len(plain)].tolist(),
         "tok_s_at_accept_length": {str(length): round(length / block, 1) for length in _ACCEPT_LENGTHS},
     }
 
 
-def _seconds(programs: Programs, context: int, pages: int, *, draft: bool) -> float:
-    """Seconds of a step, the best of a few visits; the first one compiles."""
-    best = math.inf
+def _visit(programs: Programs, context: int, pages: int, *, draft: bool) -> tuple[float, np.ndarray]:
+    """Seconds of a step, the best of a few visits (the first one compiles), and the tokens of a visit."""
+    best, tokens = math.inf, np.zeros(0, np.int32)
     for _ in range(4):
         slots = new_slots(
             programs.page_table(range(1, pages + 1)),
@@ -139,7 +141,8 @@ def _seconds(programs: Programs, context: int, pages: int, *, draft: bool) -> fl
         started = time.perf_counter()
         visit, _ = programs.decode(slots, sampling_parameters(temperature=0.0), draft=draft, max_steps=_STEPS)
         best = min(best, (time.perf_counter() - started) / int(visit.steps))
-    return best
+        tokens = visit.tokens[0, : int(visit.count[0])]
+    return best, tokens
 
 
 def _parameters(table: dict[str, Parameter], *, four_bits: bool) -> dict[str, Any]:
@@ -198,12 +201,20 @@ def _kv_bytes(config: ModelConfig, context: int, width: int) -> int:
 
 def _print(report: dict[str, Any]) -> None:
     table = Table(title=f"{report['model']} on {report['device']}")
-    for title in ("context", "step ms", "limit ms", "of limit", "block ms", "tok/s at τ 1, 4, 6, 8"):
+    for title in ("context", "step ms", "limit ms", "of limit", "block ms", "equal tokens", "tok/s at τ 1, 4, 6, 8"):
         table.add_column(title, justify="right")
     for row in report["rows"]:
         share = f"{100 * row['limit_ms'] / row['step_ms']:.0f} %" if row["limit_ms"] else "-"
         rates = row["tok_s_at_accept_length"]
         rate_cell = ", ".join(f"{rates[length]:.0f}" for length in ("1", "4", "6", "8"))
-        cells = (row["context"], row["step_ms"], row["limit_ms"] or "-", share, row["block_ms"], rate_cell)
+        cells = (
+            row["context"],
+            row["step_ms"],
+            row["limit_ms"] or "-",
+            share,
+            row["block_ms"],
+            row["equal_tokens"],
+            rate_cell,
+        )
         table.add_row(*map(str, cells))
     Console().print(table)
