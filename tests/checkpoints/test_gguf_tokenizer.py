@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,40 @@ def test_every_digit_is_split_off_before_merging(smollm2: tokenizers.Tokenizer, 
 def test_text_survives(goldens: Path, smollm2: tokenizers.Tokenizer) -> None:
     for case in json.loads((goldens / "tokenizer_smollm2.json").read_text(encoding="utf-8"))["cases"]:
         assert smollm2.decode(smollm2.encode(case["text"]).ids, skip_special_tokens=False) == case["text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("deepseek-coder", 0),
+        ("falcon", 0),
+        ("gemma-4", 0),
+        ("gpt-2", 0),
+        ("llama-bpe", 0),
+        ("llama-spm", 0),
+        ("qwen2", 0),
+        # llama.cpp leaves decomposed characters alone, transformers composes them (NFC); so do we.
+        ("qwen35", 3),
+        ("starcoder", 0),
+    ],
+)
+def test_ids_are_those_of_the_original_tokenizers(goldens: Path, name: str, others: int) -> None:
+    golden = json.loads((goldens / "tokenizers" / f"{name}.json").read_text(encoding="utf-8"))
+    ids, tokens, types, *scores = zip(*golden["vocabulary"], strict=True)
+    place = {id: index for index, id in enumerate(ids)}
+    settings = {role: place[v] if role.endswith("_id") else v for role, v in golden["settings"].items()}
+    values = {**settings, "tokens": list(tokens), "token_type": list(types), "merges": golden["merges"]}
+    values |= {"scores": list(scores[0])} if scores else {}
+    vocabulary = {f"tokenizer.ggml.{key}": Field(value) for key, value in values.items()}
+    tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json(vocabulary, Path(name)))
+    encoded = {c["text"]: tokenizer.encode(c["text"], add_special_tokens=False) for c in golden["cases"]}
+    wrong = [c for c in golden["cases"] if [ids[i] for i in encoded[c["text"]].ids] != c["ids"]]
+    assert len(golden["cases"]) >= 46
+    assert len(wrong) == others
+    assert all(unicodedata.normalize("NFC", case["text"]) != case["text"] for case in wrong)
+    for text, encoding in encoded.items():
+        composed = unicodedata.normalize("NFC", text) if name.startswith("qwen") else text
+        assert tokenizer.decode(encoding.ids, skip_special_tokens=False) == composed
 
 
 class Field:
@@ -103,11 +138,105 @@ def test_pre_tokenizers_group_digits_as_their_models_do(pre: str, expected: list
     assert pieces(tokenizer, "1234") == expected
 
 
+def test_llama_3_takes_whole_words_that_no_merge_makes_and_begins_with_bos() -> None:
+    changes = {"tokens": [*ALPHABET, "abc", "<s>"], "token_type": [NORMAL] * 257 + [CONTROL], "merges": []}
+    assert pieces(build(pre="llama-bpe", bos_token_id=257, **changes), "abc") == ["<s>", "abc"]
+    assert pieces(build(pre="qwen2", bos_token_id=257, **changes), "abc") == ["a", "b", "c"]
+
+
+def test_an_end_is_marked_when_the_file_says_so() -> None:
+    ends = {"add_eos_token": True, "eos_token_id": 257}
+    assert pieces(build(**ends), "a") == ["a", "<s>"]
+    assert pieces(build(**ends, add_bos_token=True), "a") == ["<s>", "a", "<s>"]
+
+
+def test_qwen_composes_characters() -> None:
+    assert pieces(build(pre="qwen2"), "e\u0301") == pieces(build(pre="qwen2"), "\u00e9")
+    assert pieces(build(pre="llama-bpe"), "e\u0301") != pieces(build(pre="llama-bpe"), "\u00e9")
+
+
+UNKNOWN, BYTE = 2, 6
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def spelled(kind: str, words: dict[str, float], merges: list[str], added: dict[str, int], **changes: Any) -> Any:
+    """A vocabulary with spaces spelled out: <unk>, <s>, the bytes, words with scores, and added tokens."""
+    tokens = ["<unk>", "<s>", *BYTES, *words, *added]
+    return build(
+        model=kind,
+        pre=None,
+        tokens=tokens,
+        token_type=[UNKNOWN, CONTROL, *[BYTE] * 256, *[NORMAL] * len(words), *added.values()],
+        scores=[0.0] * 258 + [*words.values()] + [-1000.0] * len(added),
+        merges=merges,
+        **{"bos_token_id": 1, "unknown_token_id": 0, "add_bos_token": False, **changes},
+    )
+
+
+def sentencepiece(words: dict[str, float], added: dict[str, int] | None = None, **changes: Any) -> Any:
+    return spelled("llama", words, [], added or {}, **changes)
+
+
+def test_sentencepiece_merges_by_score() -> None:
+    words = {"▁": -9, "a": -9, "b": -9, "c": -9, "ab": -2, "bc": -1, "abc": -3}
+    assert pieces(sentencepiece(words, add_space_prefix=False), "abc") == ["abc"]
+    del words["abc"]
+    assert pieces(sentencepiece(words, add_space_prefix=False), "abc") == ["a", "bc"]
+    assert pieces(sentencepiece({**words, "bc": -5}, add_space_prefix=False), "abc") == ["ab", "c"]
+
+
+def test_sentencepiece_begins_with_a_space_unless_the_file_says_otherwise() -> None:
+    words = {"▁": -9, "a": -9, "▁a": -1}
+    with_prefix = sentencepiece(words)
+    assert pieces(with_prefix, "a a") == ["▁a", "▁a"]
+    assert with_prefix.decode(with_prefix.encode("a a").ids) == "a a"
+    without = sentencepiece(words, add_space_prefix=False)
+    assert pieces(without, "a a") == ["a", "▁a"]
+    assert without.decode(without.encode(" a").ids) == " a"
+
+
+def test_sentencepiece_begins_with_bos_unless_the_file_says_otherwise() -> None:
+    assert pieces(sentencepiece({"▁": -1, "a": -9}, add_bos_token=None), "a") == ["<s>", "▁", "a"]
+    assert pieces(sentencepiece({"▁": -1, "a": -9}), "a") == ["▁", "a"]
+
+
+def test_characters_without_a_token_become_bytes() -> None:
+    for tokenizer in (sentencepiece({"a": -9, "▁": -9}, add_space_prefix=False), gemma4(["a"])):
+        assert pieces(tokenizer, "aé🙂") == ["a", "<0xC3>", "<0xA9>", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>"]
+        assert tokenizer.decode(tokenizer.encode("aé🙂").ids) == "aé🙂"
+
+
+def test_added_tokens_of_spaces_are_longest_first() -> None:
+    tokenizer = sentencepiece({"▁": -9, "a": -9}, {"  ": USER_DEFINED, "   ": USER_DEFINED}, add_space_prefix=False)
+    assert pieces(tokenizer, "a    a") == ["a", "   ", "▁", "a"]
+    assert tokenizer.decode(tokenizer.encode("a    a").ids) == "a    a"
+
+
+def gemma4(words: list[str], merges: list[str] | None = None, **changes: Any) -> Any:
+    added = {"<|tool>": CONTROL, '<|"|>': USER_DEFINED}
+    return spelled("gemma4", dict.fromkeys(words, 0.0), merges or [], added, **changes)
+
+
+def test_gemma_4_merges_over_spaces_and_lines() -> None:
+    words = ["▁", "a", "\n", "\n\n", "▁a", "\u3000", "\u3000\u3000", "a▁a"]
+    tokenizer = gemma4(words, ["\n \n", "▁ a", "\u3000 \u3000", "a ▁a"])
+    assert pieces(tokenizer, "a a") == ["a▁a"]
+    assert pieces(tokenizer, " a\n\n\u3000\u3000") == ["▁a", "\n\n", "\u3000\u3000"]
+    assert tokenizer.decode(tokenizer.encode(" a\n\n").ids) == " a\n\n"
+
+
+def test_gemma_4_begins_with_bos_and_keeps_its_added_tokens() -> None:
+    tokenizer = gemma4(["a"], add_bos_token=None)
+    assert pieces(tokenizer, '<|tool>a<|"|>') == ["<s>", "<|tool>", "a", '<|"|>']
+    assert tokenizer.decode(tokenizer.encode('<|tool>a<|"|>').ids) == 'a<|"|>'
+
+
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"model": "llama"}, "'llama'"),
-        ({"pre": "deepseek-r1-qwen"}, "'deepseek-r1-qwen'"),
+        ({"model": "bert"}, "'bert'"),
+        ({"model": "llama"}, "tokenizer.ggml.scores"),
+        ({"pre": "viking"}, "'viking'"),
         ({"tokens": None}, "tokenizer.ggml.tokens"),
         ({"merges": None}, "tokenizer.ggml.merges"),
         ({"token_type": None}, "tokenizer.ggml.token_type"),
