@@ -9,6 +9,7 @@ changes no text's ids, so only the tokens and merges that the texts use are writ
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ ROLES = ("bos_token_id", "eos_token_id", "unknown_token_id")
 def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> Iterator[tuple[str, str]]:
     """The merges that BPE applies to the symbols, which become the tokens."""
     while True:
-        pairs = [(ranks[pair], place) for place, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
+        pairs = [(ranks[pair], place) for place, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]
         if not pairs:
             return
         _, place = min(pairs)
