@@ -26,6 +26,7 @@ from dflash_jax.engine.request import (
     Event,
     Finished,
     FinishReason,
+    Marker,
     PflashScope,
     PflashStats,
     Sampling,
@@ -90,6 +91,7 @@ class Answer:
         tokenizer = shared.tokenizer
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
         self._stop = StopFinder(job.sampling.stop)
+        self._characters = 0
         self._reason: FinishReason = "length"
 
     def steps(self) -> Generator[None, None, None]:
@@ -256,13 +258,30 @@ class Answer:
             self._first_token = time.perf_counter()
         ended = not self.job.sampling.ignore_eos and len(tokens) > 0 and int(tokens[-1]) in self._shared.stop_ids
         text, hit = "", False
+        markers: tuple[Marker, ...] = ()
         if self._decoder is not None:
             # A stop token ends the answer and is not part of its text, special or not.
-            text, hit = self._stop.push(self._decoder.push(tokens[:-1] if ended else tokens))
-        self.job.on_event(TextDelta(text, tuple(tokens.tolist())))
+            decoded, markers = self._decode_text(tokens[:-1] if ended else tokens)
+            text, hit = self._stop.push(decoded)
+        self.job.on_event(TextDelta(text, tuple(tokens.tolist()), markers))
         if ended or hit:
             self._reason = "stop"
         return ended or hit
+
+    def _decode_text(self, tokens: np.ndarray) -> tuple[str, tuple[Marker, ...]]:
+        """The text that tokens complete, and the markers among them."""
+        tokenizer, decoder = self._shared.tokenizer, self._decoder
+        assert tokenizer is not None
+        assert decoder is not None
+        text, markers = "", []
+        for token in tokens.tolist():
+            text += decoder.push(token)
+            if token in tokenizer.markup_ids:
+                hidden, string = token in tokenizer.special_ids, tokenizer.token(token) or ""
+                place = self._characters + len(text) - (0 if hidden else len(string))
+                markers.append(Marker(place, string, hidden))
+        self._characters += len(text)
+        return text, tuple(markers)
 
     def _observe(self, session: Session) -> None:
         if self._shared.fixed_keep_ratio is not None:

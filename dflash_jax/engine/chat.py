@@ -19,12 +19,13 @@ import numpy as np
 from dflash_jax.compress.spans import Kind, Prompt, Span, spans_from_labels
 from dflash_jax.engine.request import RequestError
 from dflash_jax.engine.template import ChatTemplate
-from dflash_jax.engine.tokenizer import GUARD, Tokenizer, replace_lone_surrogates
+from dflash_jax.engine.tokenizer import GUARD, Tokenizer, is_markup, replace_lone_surrogates
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _OPEN, _CLOSE, _DIGIT_ZERO = "\ufdd1", "\ufdd2", 0xFDE0
 _MARK = re.compile("([\ufdd1\ufdd2])([\ufde0-\ufde9]+)")
+_END = "\ufdd3 "
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 _NEVER = re.compile("(?!)")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -36,25 +37,24 @@ def build_prompt(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
-    **variables: Any,
+    variables: Mapping[str, Any] | None = None,
+    continue_final: bool = False,
 ) -> Prompt:
     """Token ids and spans of a conversation in OpenAI's form.
 
     Without special-token strings in what the client sent, the ids are those of the whole rendered text. With them, the
     strings are tokenised as plain text. In user and tool messages this holds as well for added tokens in brackets that
     the template itself writes, such as <tool_call>. (A special token of one single character cannot be told from text.)
-    Content that the template changes or leaves out is structure. Raises RequestError.
+    Content that the template changes or leaves out is structure. With `continue_final` the text ends with the last
+    message's content, for the model to go on from there. Raises RequestError.
     """
-    normal = normalise_messages(messages)
-    if template.source is not None and "developer" not in template.literals:
-        normal = [{**m, "role": "system"} if m["role"] == "developer" else m for m in normal]
+    normal = _for_template(template, messages, continue_final)
     special, markup = _control_strings(tokenizer, template)
-    foreign = ("user", "tool")
-    guarded = [_map_strings(m, _guard(markup if m["role"] in foreign else special)) for m in normal]
-    guarded_tools = [_map_strings(_clean(tool), _guard(special)) for tool in tools or ()]
+    guarded = [_guard_message(message, special, markup) for message in normal]
+    guarded_tools = [_map_strings(_clean(tool), _guard(markup)) for tool in tools or ()]
 
     def render(conversation: list[dict[str, Any]]) -> str:
-        return template.render(conversation, guarded_tools, add_generation_prompt, **variables)
+        return _render(template, conversation, guarded_tools, add_generation_prompt, variables, continue_final)
 
     base = render(guarded)
     ids, offsets, text = tokenizer.encode_guarded(base)
@@ -66,6 +66,19 @@ def build_prompt(
         index: range_ for index, range_ in ranges.items() if text[slice(*range_)] == normal[index]["content"].strip()
     }
     return Prompt(ids, spans_from_labels(_labels(offsets, contents), {i: messages[i]["role"] for i in contents}))
+
+
+def render_text(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+    continue_final: bool = False,
+) -> str:
+    """The text of a conversation in OpenAI's form; arguments as `build_prompt`. Raises RequestError."""
+    normal = _for_template(template, messages, continue_final)
+    return _render(template, normal, tools or (), add_generation_prompt, variables, continue_final)
 
 
 def text_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
@@ -203,9 +216,7 @@ def _control_strings(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[re.P
         return re.compile("|".join(re.escape(s) for s in strings)) if strings else _NEVER
 
     special = [s for s in tokenizer.special_strings if len(s) > 1]
-    markup = [
-        s for s in tokenizer.added_strings if len(s) > 2 and s[0] + s[-1] in ("<>", "[]") and s in template.literals
-    ]
+    markup = [s for s in tokenizer.added_strings if is_markup(s) and s in template.literals]
     return pattern(special), pattern(special + markup)
 
 
@@ -219,6 +230,50 @@ def _guard(control: re.Pattern[str]) -> Callable[[str], str]:
         return GUARD.join([*pieces, text[position:]])
 
     return guard
+
+
+def _for_template(
+    template: ChatTemplate, messages: Sequence[Mapping[str, Any]], continue_final: bool
+) -> list[dict[str, Any]]:
+    normal = normalise_messages(messages)
+    if continue_final and normal[-1]["role"] != "assistant":
+        raise RequestError("continue_final_message needs a last message of role 'assistant'", param="messages")
+    if template.source is not None and "developer" not in template.literals:
+        return [{**m, "role": "system"} if m["role"] == "developer" else m for m in normal]
+    return normal
+
+
+def _render(
+    template: ChatTemplate,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any] | None,
+    continue_final: bool,
+) -> str:
+    if not continue_final:
+        return template.render(messages, tools, add_generation_prompt, variables)
+    *before, last = messages
+    return _up_to_end(template.render([*before, {**last, "content": last["content"] + _END}], tools, False, variables))
+
+
+def _guard_message(message: dict[str, Any], special: re.Pattern[str], markup: re.Pattern[str]) -> dict[str, Any]:
+    """A message that can forge nothing.
+
+    Content of the assistant may hold the markup that a model writes itself, such as <think>; its calls' arguments not.
+    """
+    if message["role"] in ("user", "tool"):
+        return _map_strings(message, _guard(markup))
+    calls = {"tool_calls": _map_strings(message["tool_calls"], _guard(markup))} if "tool_calls" in message else {}
+    return {**_map_strings(message, _guard(special)), **calls}
+
+
+def _up_to_end(text: str) -> str:
+    place = text.rfind(_END.strip())
+    if place < 0:
+        raise RequestError("the model's chat template leaves out the message that is to be continued", param="messages")
+    # Where the template trims a message, it ends without its trailing spaces.
+    return text[:place] if text[place:].startswith(_END) else text[:place].rstrip()
 
 
 def _mark(message: dict[str, Any], index: int) -> dict[str, Any]:

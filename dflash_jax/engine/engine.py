@@ -41,12 +41,17 @@ from dflash_jax.models.decoder import Decoder
 from dflash_jax.speculate.pace import StepTimes
 
 
+_END_TOKENS = 16
+
+
 @dataclasses.dataclass(frozen=True)
 class Handle:
     """A submitted request."""
 
     _runner: Runner
     _job: Job
+    prompt_end: str = ""
+    """The last characters of the prompt, special tokens included: what the answer goes on from."""
 
     def cancel(self) -> None:
         """Ends the request before its next block; its last event says "cancelled" unless it has already ended."""
@@ -76,6 +81,7 @@ class Engine:
         self.model_id = model.model_id
         self.context_length = _context_length(context_length, target.config)
         self._tokenizer, self._template = model.tokenizer, model.template
+        self.chat_template = model.template.source
         self._scores = pflash != "off"
         depth = early_exit(target.config) if scorer is None else full_depth(scorer.config)
         pages_per_sequence = -(-(self.context_length + QUESTION_ROWS + profile.block_rows) // profile.page_size)
@@ -200,7 +206,8 @@ class Engine:
         )
         runner = self._running()
         runner.submit(job)
-        return Handle(runner, job)
+        end = self._tokenizer.decode(prompt.token_ids[-_END_TOKENS:], skip_special=False) if self._tokenizer else ""
+        return Handle(runner, job, end)
 
     def stream(self, prompt: str | Sequence[Mapping[str, Any]], **sampling: Any) -> Iterator[Event]:
         """The events of one request; leaving the iterator early cancels it. Arguments as `generate`."""
@@ -267,7 +274,14 @@ class Engine:
         if request.prompt is not None:
             prompt = text_prompt(self._tokenizer, request.prompt)
         else:
-            prompt = build_prompt(self._tokenizer, self._template, request.messages or (), request.tools)
+            prompt = build_prompt(
+                self._tokenizer,
+                self._template,
+                request.messages or (),
+                request.tools,
+                variables=request.template_variables,
+                continue_final=request.continue_final,
+            )
         if len(prompt) == 0:
             raise RequestError("the prompt is empty", param="prompt")
         return prompt

@@ -9,7 +9,7 @@ from pathlib import Path
 import checkpoints
 from dflash_jax.engine.compilation import enable_persistent_cache
 from dflash_jax.engine.profile import Profile, profile_for_device
-from dflash_jax.engine.template import ChatTemplate
+from dflash_jax.engine.template import ChatTemplate, pinned_template
 from dflash_jax.engine.tokenizer import Tokenizer
 from dflash_jax.models.config import DrafterConfig, ModelConfig
 from dflash_jax.models.decoder import Decoder
@@ -67,6 +67,8 @@ def _template(source: str | None, tokenizer: Tokenizer | None, config: ModelConf
         return ChatTemplate(None)
     bos = tokenizer.token(config.bos_id) if config.bos_id is not None else None
     eos = tokenizer.token(config.stop_ids[0]) if config.stop_ids else None
+    if source is None:
+        source = pinned_template(config.family)
     return ChatTemplate(source, bos=bos, eos=eos)
 
 

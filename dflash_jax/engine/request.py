@@ -51,6 +51,10 @@ class Request:
     sampling: Sampling = Sampling()
     session: str | None = None
     """A hint that names the conversation; without it the longest known prefix decides."""
+    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template itself, such as enable_thinking."""
+    continue_final: bool = False
+    """Whether the answer goes on from the last message, which is the assistant's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +105,28 @@ class Stats:
 
 
 @dataclasses.dataclass(frozen=True)
+class Marker:
+    """A token of markup in an answer: special tokens, and added ones such as <tool_call>.
+
+    What a model spells out with ordinary tokens is never one. A hidden marker is not part of the answer's text.
+    """
+
+    place: int
+    """Characters of the whole answer before it."""
+    text: str
+    hidden: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class TextDelta:
     """Newly generated text and its token ids.
 
-    The text may be empty while a stop string or a UTF-8 character is incomplete.
+    The text may be empty while a stop string or a UTF-8 character is incomplete. Markers may be ahead of the text.
     """
 
     text: str
     token_ids: tuple[int, ...]
+    markers: tuple[Marker, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,6 +14,18 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from dflash_jax.engine.request import RequestError
+
+
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables that a template gets from the conversation and the model; nobody else may set them."""
+
+_PINNED = {"gemma4": "gemma4.jinja"}
+
+
+def pinned_template(family: str) -> str | None:
+    """The template for models of a family that come without one, where one is known for all of them."""
+    name = _PINNED.get(family)
+    return name and (importlib.resources.files("dflash_jax.engine") / "templates" / name).read_text(encoding="utf-8")
 
 
 class ChatTemplate:
@@ -46,16 +59,23 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of a conversation.
+        """The text of a conversation; `variables` are the template's own, such as enable_thinking.
 
-        Raises RequestError when the template refuses it, or when there is no template.
+        Raises RequestError for a variable that is not the caller's to set, when the template refuses it, or when there is no template.
         """
         if self._template is None:
             raise RequestError(
                 "this model has no chat template: send `prompt` (plain text) instead of `messages`", param="messages"
             )
+        variables = variables or {}
+        for name in variables:
+            if name in RESERVED:
+                raise RequestError(
+                    f"chat_template_kwargs.{name} is set by the conversation itself; leave it out",
+                    param="chat_template_kwargs",
+                )
         try:
             return self._template.render(
                 **{"bos_token": self.bos, "eos_token": self.eos, "documents": None, **variables},

@@ -26,6 +26,11 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WORD_START = "\u2581"
 
 
+def is_markup(token: str) -> bool:
+    """Whether an added token looks like markup, <think> or [INST], and not like a word or a space."""
+    return len(token) > 2 and token[0] + token[-1] in ("<>", "[]")
+
+
 class TokenizerError(ValueError):
     """A tokenizer.json that is missing, damaged or of a kind that is not supported."""
 
@@ -42,6 +47,7 @@ class Tokenizer:
 
     special_ids      ids of special tokens, which end turns and the like
     special_strings  their strings
+    markup_ids       ids of the special tokens and of added ones in brackets, such as <think>
     added_strings    strings of added tokens that are not special, such as Qwen's <think>
     vocab_size       1 + the largest id
     """
@@ -59,6 +65,7 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.special_strings = tuple(token.content for token in added.values() if token.special)
         self.added_strings = tuple(token.content for token in added.values() if not token.special)
+        self.markup_ids = self.special_ids.union(id for id, token in added.items() if is_markup(token.content))
         self.vocab_size = 1 + max(self._with_special.get_vocab(with_added_tokens=True).values(), default=-1)
         self._as_text = tokenizers.Tokenizer.from_str(self._with_special.to_str())
         self._as_text.encode_special_tokens = True
