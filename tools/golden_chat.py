@@ -82,7 +82,10 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
     "last thoughts": {"send": [QUESTION, THOUGHT], "add_generation_prompt": False},
     "thoughts as text": {"send": [QUESTION, THINKS_ALOUD, THANKS, CHANNEL, THANKS]},
     "continue": {"send": [QUESTION, {"role": "assistant", "content": "Par"}], "continue": True},
-    "continue after a space": {"send": [SYSTEM, QUESTION, {"role": "assistant", "content": "It is "}], "continue": True},
+    "continue after a space": {
+        "send": [SYSTEM, QUESTION, {"role": "assistant", "content": "It is "}],
+        "continue": True,
+    },
     "empty content": {"send": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}, THANKS]},
     "parts": {"send": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
     "tools": {"send": [QUESTION], **TOOLS},

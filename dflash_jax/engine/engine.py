@@ -40,7 +40,6 @@ from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.decoder import Decoder
 from dflash_jax.speculate.pace import StepTimes
 
-
 _END_TOKENS = 16
 
 

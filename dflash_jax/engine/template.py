@@ -15,7 +15,6 @@ import jinja2.sandbox
 
 from dflash_jax.engine.request import RequestError
 
-
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 """Variables that a template gets from the conversation and the model; nobody else may set them."""
 
@@ -63,7 +62,8 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation; `variables` are the template's own, such as enable_thinking.
 
-        Raises RequestError for a variable that is not the caller's to set, when the template refuses it, or when there is no template.
+        Raises RequestError for a variable that is not the caller's to set, when the template refuses the conversation,
+        or when there is no template.
         """
         if self._template is None:
             raise RequestError(

@@ -16,6 +16,11 @@ from dflash_jax.engine.request import Event, Finished, Request
 class Handle(Protocol):
     """A submitted request."""
 
+    @property
+    def prompt_end(self) -> str:
+        """The last characters of the prompt, special tokens included."""
+        ...
+
     def cancel(self) -> None:
         """Ends the request soon; without effect when it has ended."""
         ...
@@ -27,6 +32,11 @@ class Engine(Protocol):
     @property
     def model_id(self) -> str:
         """The name under which the model is served."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template, if it has one."""
         ...
 
     @property
@@ -100,6 +110,11 @@ class Answer:
             answer.close()
             raise
         return answer
+
+    @property
+    def prompt_end(self) -> str:
+        """The last characters of the prompt that the answer goes on from."""
+        return self._handle.result().prompt_end
 
     async def next(self, seconds: float | None = None) -> Event | None:
         """The next event, or None when there is none for so many seconds. Raises ClientDisconnect."""

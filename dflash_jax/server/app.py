@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dflash_jax.server import health, metrics, models, openai_chat
 from dflash_jax.server.answers import Engine
 from dflash_jax.server.errors import HANDLERS, VANISHED_STATUS, ApiError
+from dflash_jax.server.tools import family_of
 
 _ROUTES = [
     Route("/v1/chat/completions", openai_chat.chat_completions, methods=["POST"]),
@@ -41,6 +42,7 @@ def create_app(engine: Engine, *, api_key: str | None = None, keep_alive: float 
     app = Starlette(routes=_ROUTES, middleware=middleware, exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
     app.state.engine = engine
+    app.state.family = family_of(engine.chat_template)
     app.state.metrics = counts
     app.state.keep_alive = keep_alive
     app.state.started = int(time.time())

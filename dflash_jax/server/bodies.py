@@ -19,6 +19,7 @@ BODY_SECONDS = 60.0
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_SESSION_CHARACTERS = 256
+MAX_TEMPLATE_VARIABLES = 16
 
 _SESSION_HEADERS = (
     "x-session-id",
@@ -31,6 +32,8 @@ _SESSION_HEADERS = (
 _Body = TypeVar("_Body", bound=BaseModel)
 
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+
+_TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_SESSION_CHARACTERS)] | None
 
 
 class _Record(BaseModel):
@@ -122,16 +125,30 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, _TemplateValue], Field(max_length=MAX_TEMPLATE_VARIABLES)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     response_format: dict[str, Any] | None = None
     top_logprobs: int | None = None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model may call."""
+        return None if self.tool_choice == "none" else self.tools
 
     def token_limit(self) -> int | None:
         """The newer name wins when a client sends both."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def _neutral_values(self) -> dict[str, tuple[Any, ...]]:
-        return {**super()._neutral_values(), "top_logprobs": (0,), "response_format": ({"type": "text"},)}
+        return {
+            **super()._neutral_values(),
+            "top_logprobs": (0,),
+            "add_generation_prompt": (not self.continue_final_message,),
+            "response_format": ({"type": "text"},),
+        }
 
 
 class CompletionBody(GenerationBody):

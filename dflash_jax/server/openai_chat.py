@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
 from starlette.requests import Request as HttpRequest
@@ -17,6 +17,8 @@ from dflash_jax.server.answers import Answer, Engine
 from dflash_jax.server.bodies import ChatBody, CompletionBody, GenerationBody, read_body
 from dflash_jax.server.errors import ApiError, failed, overloaded
 from dflash_jax.server.metrics import Metrics
+from dflash_jax.server.openai_deltas import ChatMessage
+from dflash_jax.server.tools import Family
 from dflash_jax.server.usage import usage
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -26,14 +28,27 @@ _DONE = b"data: [DONE]\n\n"
 async def chat_completions(request: HttpRequest) -> Response:
     """POST /v1/chat/completions."""
     body = await read_body(request, ChatBody)
-    shape = _Chat(request.app.state.engine.model_id)
-    return await _answer(request, body, shape, messages=body.messages, tools=body.tools)
+    family: Family = request.app.state.family
+
+    def shape(prompt_end: str) -> _Shape:
+        parser = family.parser(prompt_end, bool(body.offered_tools))
+        return _Chat(request.app.state.engine.model_id, ChatMessage(parser))
+
+    return await _answer(
+        request,
+        body,
+        shape,
+        messages=body.messages,
+        tools=body.offered_tools,
+        template_variables=body.chat_template_kwargs or {},
+        continue_final=bool(body.continue_final_message),
+    )
 
 
 async def completions(request: HttpRequest) -> Response:
     """POST /v1/completions."""
     body = await read_body(request, CompletionBody)
-    return await _answer(request, body, _Text(request.app.state.engine.model_id), prompt=body.text)
+    return await _answer(request, body, lambda _: _Text(request.app.state.engine.model_id), prompt=body.text)
 
 
 class _Shape(Protocol):
@@ -45,30 +60,35 @@ class _Shape(Protocol):
 
     def opening(self) -> list[dict[str, Any]]: ...
 
-    def piece(self, text: str) -> dict[str, Any]: ...
+    def pieces(self, delta: TextDelta) -> list[dict[str, Any]]: ...
 
-    def ending(self, reason: str) -> dict[str, Any]: ...
+    def ending(self, reason: str) -> list[dict[str, Any]]: ...
 
-    def whole(self, text: str, reason: str) -> dict[str, Any]: ...
+    def whole(self, reason: str) -> dict[str, Any]:
+        """All that `pieces` was given; instead of `ending`."""
+        ...
 
 
 class _Chat:
     stream_object, whole_object = "chat.completion.chunk", "chat.completion"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, message: ChatMessage) -> None:
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._message = message
 
     def opening(self) -> list[dict[str, Any]]:
         return [_choice(delta={"role": "assistant", "content": ""})]
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return _choice(delta={"content": text})
+    def pieces(self, delta: TextDelta) -> list[dict[str, Any]]:
+        return [_choice(delta=piece) for piece in self._message.add(delta)]
 
-    def ending(self, reason: str) -> dict[str, Any]:
-        return _choice(reason, delta={})
+    def ending(self, reason: str) -> list[dict[str, Any]]:
+        rest = [_choice(delta=piece) for piece in self._message.finish()]
+        return [*rest, _choice(self._message.finish_reason(reason), delta={})]
 
-    def whole(self, text: str, reason: str) -> dict[str, Any]:
-        return _choice(reason, message={"role": "assistant", "content": text, "refusal": None})
+    def whole(self, reason: str) -> dict[str, Any]:
+        self._message.finish()
+        return _choice(self._message.finish_reason(reason), message=self._message.message)
 
 
 class _Text:
@@ -76,30 +96,35 @@ class _Text:
 
     def __init__(self, model: str) -> None:
         self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._texts: list[str] = []
 
     def opening(self) -> list[dict[str, Any]]:
         return []
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return _choice(text=text)
+    def pieces(self, delta: TextDelta) -> list[dict[str, Any]]:
+        self._texts.append(delta.text)
+        return [_choice(text=delta.text)] if delta.text else []
 
-    def ending(self, reason: str) -> dict[str, Any]:
-        return _choice(reason, text="")
+    def ending(self, reason: str) -> list[dict[str, Any]]:
+        return [_choice(reason, text="")]
 
-    def whole(self, text: str, reason: str) -> dict[str, Any]:
-        return _choice(reason, text=text)
+    def whole(self, reason: str) -> dict[str, Any]:
+        return _choice(reason, text="".join(self._texts))
 
 
 def _choice(reason: str | None = None, **content: Any) -> dict[str, Any]:
     return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
 
 
-async def _answer(request: HttpRequest, body: GenerationBody, shape: _Shape, **prompt: Any) -> Response:
+async def _answer(
+    request: HttpRequest, body: GenerationBody, make_shape: Callable[[str], _Shape], **prompt: Any
+) -> Response:
     body.check_supported()
     engine: Engine = request.app.state.engine
     metrics: Metrics = request.app.state.metrics
     asked = Request(**prompt, sampling=body.sampling(), session=body.session_hint(request.headers))
     answer = await Answer.open(engine, asked, request.receive, metrics.observe)
+    shape = make_shape(answer.prompt_end)
     if body.stream:
         return _EventStream(answer, _events(answer, shape, body.include_usage, request.app.state.keep_alive))
     try:
@@ -109,15 +134,14 @@ async def _answer(request: HttpRequest, body: GenerationBody, shape: _Shape, **p
 
 
 async def _whole(answer: Answer, shape: _Shape) -> dict[str, Any]:
-    texts = []
     while True:
         event = await answer.next()
         if isinstance(event, TextDelta):
-            texts.append(event.text)
+            shape.pieces(event)
         elif isinstance(event, Finished):
             if error := _error(event):
                 raise error
-            choice = shape.whole("".join(texts), event.reason)
+            choice = shape.whole(event.reason)
             return {**shape.head, "object": shape.whole_object, "choices": [choice], "usage": usage(event.stats)}
 
 
@@ -133,14 +157,15 @@ async def _events(answer: Answer, shape: _Shape, include_usage: bool, keep_alive
         if event is None:
             yield KEEP_ALIVE
         elif isinstance(event, TextDelta):
-            if event.text:
-                yield _event({**head, "choices": [shape.piece(event.text)]})
+            for choice in shape.pieces(event):
+                yield _event({**head, "choices": [choice]})
         else:
             break
     if error := _error(event):
         yield _event(error.body)
     else:
-        yield _event({**head, "choices": [shape.ending(event.reason)]})
+        for choice in shape.ending(event.reason):
+            yield _event({**head, "choices": [choice]})
         if include_usage:
             yield _event({**head, "choices": [], "usage": usage(event.stats)})
     yield _DONE

@@ -1,4 +1,4 @@
-"""Conversations are rendered as transformers renders them (tools/golden_chat.py), and what may not be set is refused."""
+"""Conversations are rendered as transformers renders them (tools/golden_chat.py)."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from dflash_jax.engine.request import (
     Event,
     Finished,
     FinishReason,
+    Marker,
     OverloadedError,
     PflashStats,
     Request,
@@ -31,6 +32,7 @@ class Handle:
     on_event: Callable[[Event], None]
     prompt_tokens: int
     max_tokens: int
+    prompt_end: str = ""
     cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)
 
@@ -39,11 +41,14 @@ class Handle:
 
 
 class FakeEngine:
-    """Says `words`, one token each, to everybody, one after the other. A prompt has as many tokens as words."""
+    """Says `words`, one token each, to everybody, one after the other. A prompt has as many tokens as words.
+
+    A word that is a Marker is said as one; its place is filled in.
+    """
 
     def __init__(
         self,
-        words: Sequence[str] = ("Paris", " is", " the", " capital", "."),
+        words: Sequence[str | Marker] = ("Paris", " is", " the", " capital", "."),
         *,
         context_length: int = 64,
         delay: float = 0.0,
@@ -52,7 +57,10 @@ class FakeEngine:
         fail_at: int | None = None,
         submit_error: Exception | None = None,
         submit_delay: float = 0.0,
+        chat_template: str | None = None,
+        prompt_end: str = "",
     ) -> None:
+        self.chat_template, self.prompt_end = chat_template, prompt_end
         self.model_id, self.context_length = "fake/model", context_length
         self.words, self.delay, self.prefill, self.fail_at = words, delay, prefill, fail_at
         self.max_queue, self.submit_error, self.submit_delay = max_queue, submit_error, submit_delay
@@ -89,7 +97,7 @@ class FakeEngine:
                 f"This model's maximum context length is {self.context_length} tokens, but the prompt has {tokens}"
             )
             raise RequestError(message, code="context_length_exceeded", param="messages")
-        handle = Handle(request, on_event, tokens, min(room, request.sampling.max_tokens or room))
+        handle = Handle(request, on_event, tokens, min(room, request.sampling.max_tokens or room), self.prompt_end)
         with self._change:
             if len(self._waiting) >= self.max_queue:
                 raise OverloadedError(f"the queue is full ({self.max_queue} requests are waiting)")
@@ -134,7 +142,8 @@ class FakeEngine:
         handle.cancelled.wait(self.prefill)
         first = time.perf_counter()
         count = 0
-        for count, word in enumerate(self.words, 1):
+        for count, said_next in enumerate(self.words, 1):
+            word, markers = self._spell(said_next, len(said))
             if handle.cancelled.is_set():
                 reason, count = "cancelled", count - 1
                 break
@@ -143,7 +152,7 @@ class FakeEngine:
                 break
             cuts = [(said + word).find(stop) for stop in handle.request.sampling.stop]
             cut = min((at for at in cuts if at >= 0), default=None)
-            handle.on_event(TextDelta((said + word)[len(said) : cut], (count,)))
+            handle.on_event(TextDelta((said + word)[len(said) : cut], (count,), markers))
             said += word
             if cut is not None:
                 reason = "stop"
@@ -154,6 +163,12 @@ class FakeEngine:
         else:
             reason = "stop"
         handle.on_event(Finished(reason, self._stats(handle, count, started, first), error))
+
+    @staticmethod
+    def _spell(word: str | Marker, place: int) -> tuple[str, tuple[Marker, ...]]:
+        if isinstance(word, str):
+            return word, ()
+        return "" if word.hidden else word.text, (dataclasses.replace(word, place=place),)
 
     def _stats(self, handle: Handle, count: int, started: float, first: float) -> Stats:
         return Stats(

@@ -1,0 +1,186 @@
+"""Answers in which <tool_call> tags hold JSON and, in some families, <think> tags hold thoughts.
+
+The tags are tokens of their own in some vocabularies and plain text in others, so they are found in the text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from dflash_jax.server.tools.events import (
+    Call,
+    CallCounter,
+    Event,
+    Piece,
+    Reasoning,
+    Text,
+    dump,
+    held_back,
+    spell,
+)
+
+THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
+_TAGS = (THINK, END_THINK, CALL, END_CALL)
+_SPACE = " \t\r\n"
+
+
+def render_tagged(calls: Sequence[Call]) -> list[Piece]:
+    """Calls in tags, one under the other."""
+    written = [
+        f"{CALL}\n{json.dumps({'name': call.name, 'arguments': call.arguments}, ensure_ascii=False)}\n{END_CALL}"
+        for call in calls
+    ]
+    return ["\n".join(written)] if written else []
+
+
+def call_in(text: str) -> tuple[str, str] | None:
+    """Name and arguments (as JSON) of a call written as a JSON object; None if the text is anything else."""
+    try:
+        return call_of(json.loads(text, strict=False))
+    except (ValueError, RecursionError):
+        return None
+
+
+def call_of(value: Any) -> tuple[str, str] | None:
+    """The same for a JSON value. Raises ValueError for numbers that JSON does not have, RecursionError."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments, strict=False)
+    return (value["name"], dump(arguments)) if isinstance(arguments, dict) else None
+
+
+class TaggedParser:
+    """The parser of these families.
+
+    The state says what `_text`, the text that is not told of yet, belongs to: "begin" is before anything but space,
+    "after" is after thoughts or a call, where space is not content.
+    """
+
+    def __init__(self, *, thinks: bool, thinking: bool, tools: bool) -> None:
+        self._state: Literal["begin", "reasoning", "content", "after", "call"] = "begin"
+        self._thinks, self._tools = thinks, tools
+        self._text = ""
+        self._opening = ""
+        self._searched = 0
+        self._said_thought = False
+        self._calls = CallCounter()
+        if thinking:
+            self._state = "reasoning"
+
+    def feed(self, pieces: Iterable[Piece]) -> list[Event]:
+        """What is certain after these pieces."""
+        self._text += "".join(spell(piece, _TAGS) for piece in pieces)
+        return self._read(final=False)
+
+    def finish(self) -> list[Event]:
+        """The rest."""
+        return self._read(final=True)
+
+    def _read(self, final: bool) -> list[Event]:
+        events: list[Event] = []
+        before = None
+        while before != (before := (self._state, len(self._text))):
+            if self._state == "begin":
+                self._begin(final)
+            elif self._state == "reasoning":
+                events += self._reason(final)
+            elif self._state == "after":
+                self._skip_space()
+            elif self._state == "content":
+                events += self._say(final)
+            else:
+                events += self._call(final)
+        return _joined(events)
+
+    def _begin(self, final: bool) -> None:
+        start = self._text.lstrip(_SPACE)
+        if self._thinks and start.startswith(THINK):
+            self._state, self._text = "reasoning", start[len(THINK) :]
+        elif final or not self._thinks or not THINK.startswith(start):
+            self._state = "content"
+
+    def _reason(self, final: bool) -> list[Event]:
+        if not self._said_thought:
+            self._text = self._text.lstrip("\n")
+        before, end, after = self._text.partition(END_THINK)
+        if end:
+            self._state, self._text = "after", after
+            before = before.rstrip("\n")
+        elif not final:
+            kept = len(before) - held_back(before, END_THINK)
+            before = before[:kept].rstrip("\n")
+            self._text = self._text[len(before) :]
+        else:
+            self._text = ""
+        self._said_thought = self._said_thought or bool(before)
+        return [Reasoning(before)] if before else []
+
+    def _skip_space(self) -> None:
+        self._text = self._text.lstrip(_SPACE)
+        if self._text:
+            self._state = "content"
+
+    def _say(self, final: bool) -> list[Event]:
+        before, call, after = self._text.partition(CALL) if self._tools else (self._text, "", "")
+        if call:
+            said = before.rstrip(_SPACE)
+            self._state, self._text, self._searched = "call", after, 0
+            self._opening = before[len(said) :] + CALL
+        elif final or not self._tools:
+            said, self._text = before, ""
+        else:
+            kept = len(before) - held_back(before, CALL)
+            said = before[:kept].rstrip(_SPACE)
+            self._text = before[len(said) :]
+        return [Text(said)] if said else []
+
+    def _call(self, final: bool) -> list[Event]:
+        while (end := self._text.find(END_CALL, self._searched)) >= 0:
+            body, after = self._text[:end], end + len(END_CALL)
+            if call := call_in(body):
+                self._state, self._text = "after", self._text[after:]
+                return self._calls.tell(*call)
+            if not _inside_string(body):
+                return self._malformed(after)
+            self._searched = after
+        if not final:
+            self._searched = max(self._searched, len(self._text) - len(END_CALL) + 1)
+            return []
+        if call := call_in(self._text):
+            self._state, self._text = "after", ""
+            return self._calls.tell(*call)
+        first = self._text.find(END_CALL)
+        return self._malformed(len(self._text) if first < 0 else first + len(END_CALL))
+
+    def _malformed(self, length: int) -> list[Event]:
+        text = self._opening + self._text[:length]
+        self._state, self._text = "content", self._text[length:]
+        return [Text(text)]
+
+
+def _inside_string(text: str) -> bool:
+    """Whether a JSON text ends within a string."""
+    inside, position = False, 0
+    while position < len(text):
+        character = text[position]
+        if character == "\\" and inside:
+            position += 1
+        elif character == '"':
+            inside = not inside
+        position += 1
+    return inside
+
+
+def _joined(events: list[Event]) -> list[Event]:
+    """Neighbouring texts as one."""
+    joined: list[Event] = []
+    for event in events:
+        if joined and isinstance(event, Text) and isinstance(joined[-1], Text):
+            joined[-1] = Text(joined[-1].text + event.text)
+        else:
+            joined.append(event)
+    return joined
