@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from checkpoints.errors import CheckpointError
-from checkpoints.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from checkpoints.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, named_or_guessed
 
 _SPECIAL, _USER_DEFINED = 3, 4
 """Token types of GGUF: control tokens, and added tokens that are ordinary text."""
@@ -69,7 +69,7 @@ def tokenizer_json(fields: Mapping[str, Any], path: Path) -> str:
 
 
 def _pre_tokenizer(vocabulary: _Vocabulary, path: Path) -> PreTokenizer:
-    name = vocabulary.get("pre", "default")
+    name = named_or_guessed(vocabulary.get("pre"), vocabulary.tokens)
     if name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise CheckpointError(f"{path}: pre-tokenizer {name!r} is not supported in GGUF; supported: {known}")

@@ -7,6 +7,7 @@ them with ids that the original tokenizers gave; docs/tokenizers.md says which w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ _llama3 = PreTokenizer((_LLAMA3,), whole_words=True, begins=True)
 _qwen2 = PreTokenizer((_QWEN2,), composes=True)
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    "default": _gpt2,
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": _gpt2,
     "mpt": _gpt2,
     "olmo": _gpt2,
@@ -67,4 +68,13 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
     ),
 }
-"""By the value of tokenizer.ggml.pre; "default" is what old files say and files that say nothing mean."""
+"""By the value of tokenizer.ggml.pre. "default" is llama.cpp's rule for files that say nothing else."""
+
+_TELLING_TOKENS = {"<|begin_of_text|>": "llama-bpe", "<|im_start|>": "qwen2"}
+
+
+def named_or_guessed(name: str | None, tokens: Container[str]) -> str:
+    """The pre-tokenizer's name; for files from before there was one, the family that its tokens tell."""
+    if name is not None:
+        return name
+    return next((guess for token, guess in _TELLING_TOKENS.items() if token in tokens), "default")

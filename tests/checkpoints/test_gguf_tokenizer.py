@@ -144,6 +144,20 @@ def test_llama_3_takes_whole_words_that_no_merge_makes_and_begins_with_bos() -> 
     assert pieces(build(pre="qwen2", bos_token_id=257, **changes), "abc") == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        ("<|begin_of_text|>", ["<|begin_of_text|>", "123", "4"]),
+        ("<|im_start|>", ["1", "2", "3", "4"]),
+        ("<other>", ["123", "4"]),
+    ],
+)
+def test_a_file_that_names_no_pre_tokenizer_is_known_by_its_tokens(token: str, expected: list[str]) -> None:
+    tokens = [*ALPHABET, "12", "123", "1234", token]
+    changes = {"tokens": tokens, "token_type": [NORMAL] * 259 + [CONTROL], "merges": ["1 2", "12 3", "123 4"]}
+    assert pieces(build(pre=None, bos_token_id=259, **changes), "1234") == expected
+
+
 def test_an_end_is_marked_when_the_file_says_so() -> None:
     ends = {"add_eos_token": True, "eos_token_id": 257}
     assert pieces(build(**ends), "a") == ["a", "<s>"]
