@@ -6,6 +6,7 @@ The decoder streams exactly what decode() returns.
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -55,8 +56,9 @@ class Tokenizer:
     def __init__(self, source: str) -> None:
         try:
             document = json.loads(source)
-            _keep_whole_offsets(document.get("post_processor"))
-            self._with_special = tokenizers.Tokenizer.from_str(json.dumps(document))
+            # Writing and reading a big vocabulary takes seconds.
+            source = json.dumps(document) if _keep_whole_offsets(document.get("post_processor")) else source
+            self._with_special = tokenizers.Tokenizer.from_str(source)
         except Exception as error:  # the Rust library raises bare Exception
             raise TokenizerError(f"not a usable tokenizer.json: {str(error).splitlines()[0]}") from error
         self._with_special.no_padding()
@@ -67,12 +69,16 @@ class Tokenizer:
         self.added_strings = tuple(token.content for token in added.values() if not token.special)
         self.markup_ids = self.special_ids.union(id for id, token in added.items() if is_markup(token.content))
         self.vocab_size = 1 + max(self._with_special.get_vocab(with_added_tokens=True).values(), default=-1)
-        self._as_text = tokenizers.Tokenizer.from_str(self._with_special.to_str())
-        self._as_text.encode_special_tokens = True
         self._with_special.add_special_tokens([tokenizers.AddedToken(GUARD, normalized=False, special=True)])
         self._guard_id = self._with_special.token_to_id(GUARD)
         self._byte_of_character, self._leading_spaces = _decoder_kind(document.get("decoder"))
         self._bytes: dict[int, bytes] = {}
+
+    @functools.cached_property
+    def _as_text(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self._with_special.to_str())
+        backend.encode_special_tokens = True
+        return backend
 
     @staticmethod
     def load(path: str | Path) -> Tokenizer:
@@ -178,13 +184,17 @@ class IncrementalDecoder:
         return data
 
 
-def _keep_whole_offsets(post_processor: Any) -> None:
-    """Offsets must cover the spaces of a token, or a token that straddles two spans looks as if it lay in one."""
-    if isinstance(post_processor, dict):
-        if "trim_offsets" in post_processor:
-            post_processor["trim_offsets"] = False
-        for step in post_processor.get("processors", ()):
-            _keep_whole_offsets(step)
+def _keep_whole_offsets(post_processor: Any) -> bool:
+    """Whether a processor had to be changed to give whole offsets.
+
+    They must cover the spaces of a token, or a token that straddles two spans looks as if it lay in one.
+    """
+    if not isinstance(post_processor, dict):
+        return False
+    changed = post_processor.get("trim_offsets", False)
+    if changed:
+        post_processor["trim_offsets"] = False
+    return any([changed, *(_keep_whole_offsets(step) for step in post_processor.get("processors", ()))])
 
 
 def _decoder_kind(decoder: Any) -> tuple[dict[str, int] | None, int]:

@@ -239,6 +239,11 @@ def test_gemma_4_merges_over_spaces_and_lines() -> None:
     assert tokenizer.decode(tokenizer.encode(" a\n\n").ids) == " a\n\n"
 
 
+def test_the_first_token_of_a_merge_may_begin_with_a_space() -> None:
+    model = json.loads(gemma4([" ", "a", " a", "b", " ab"], ["  a", " a b"]).to_str())["model"]
+    assert [tuple(merge) for merge in model["merges"]] == [(" ", "a"), (" a", "b")]
+
+
 def test_gemma_4_begins_with_bos_and_keeps_its_added_tokens() -> None:
     tokenizer = gemma4(["a"], add_bos_token=None)
     assert pieces(tokenizer, '<|tool>a<|"|>') == ["<s>", "<|tool>", "a", '<|"|>']

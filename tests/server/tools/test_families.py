@@ -77,6 +77,11 @@ def test_what_gemma_4_writes_almost_right_is_understood(body: str, arguments: di
     assert read(gemma4, marked(f"<|tool_call>call:f{body}<tool_call|>", GEMMA_TAGS)).calls == [Call("f", arguments)]
 
 
+def test_no_character_of_a_text_passes_for_the_token_that_quotes() -> None:
+    pieces = marked("<|tool_call>call:f{a:\ufdd4b\ufdd4}<tool_call|>", GEMMA_TAGS)
+    assert read(gemma4, pieces).calls == [Call("f", {"a": "\ufffdb\ufffd"})]
+
+
 @pytest.mark.parametrize(
     "call",
     [

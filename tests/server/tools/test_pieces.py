@@ -24,3 +24,9 @@ def test_a_marker_that_a_stop_string_cuts_is_text() -> None:
     order = PieceOrder()
     assert order.push(TextDelta("a<to", (1,), (Marker(1, "<tool>", False), Marker(9, "<h>", True)))) == ["a"]
     assert order.flush() == ["<to"]
+
+
+def test_places_count_the_text_of_visible_markers() -> None:
+    order = PieceOrder()
+    visible, hidden = Marker(0, "<v>", False), Marker(4, "<h>", True)
+    assert order.push(TextDelta("<v>ab", (1, 2, 3, 4), (visible, hidden))) == [visible, "a", hidden, "b"]

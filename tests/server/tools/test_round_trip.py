@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_jax.engine.request import Marker
@@ -30,6 +30,7 @@ CUTS = st.lists(st.integers(1, 7), max_size=200)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@settings(deadline=None)
 @given(calls=st.lists(CALLS, min_size=1, max_size=3), cuts=CUTS)
 def test_calls_survive(name: str, calls: list[Call], cuts: list[int]) -> None:
     family = FAMILIES[name]
@@ -37,6 +38,7 @@ def test_calls_survive(name: str, calls: list[Call], cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma4", "hermes", "qwen3"])
+@settings(deadline=None)
 @given(calls=st.lists(CALLS, min_size=1, max_size=2), cuts=CUTS)
 def test_text_before_and_after_calls_survives(name: str, calls: list[Call], cuts: list[int]) -> None:
     family = FAMILIES[name]
@@ -54,6 +56,7 @@ ANSWERS = st.lists(MARKERS | FRAGMENTS | ANY_TEXT, max_size=12)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@settings(deadline=None)
 @given(pieces=ANSWERS, cuts=CUTS)
 def test_how_an_answer_is_cut_makes_no_difference(name: str, pieces: list[Piece], cuts: list[int]) -> None:
     family = FAMILIES[name]
@@ -61,12 +64,14 @@ def test_how_an_answer_is_cut_makes_no_difference(name: str, pieces: list[Piece]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES.values(), plain])
+@settings(deadline=None)
 @given(pieces=ANSWERS)
 def test_without_tools_there_are_no_calls(family: Family, pieces: list[Piece]) -> None:
     assert read(family, pieces, tools=False).calls == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@settings(deadline=None)
 @given(words=st.lists(FRAGMENTS | ANY_TEXT, max_size=12), markers=st.lists(MARKERS, max_size=6))
 def test_no_letter_is_lost_when_there_is_no_call(name: str, words: list[str], markers: list[Marker]) -> None:
     pieces: list[Piece] = [piece for pair in zip(words, [*markers, *[""] * 12], strict=False) for piece in pair]
