@@ -9,8 +9,11 @@ stands for its value + 8. K is padded to whole blocks of 128 with zeros.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,23 +65,109 @@ def quantise_w8(weight: Float[Array, "N K"]) -> W8:
 
 
 def quantise_w4(weight: Float[Array, "N K"], group_size: int = 32) -> W4:
-    """Rounds groups of inputs to 16 steps; the entry of largest magnitude becomes -8, as in GGUF's Q4_0.
+    """Rounds groups of inputs to 16 steps of the scale that leaves the smallest squared error.
 
-    numpy in, numpy out; jax in, jax out. Raises ValueError for another group size than 32 and 128.
+    A group's scale is never worse than that of GGUF's Q4_0, which makes the entry of largest magnitude -8, and a group
+    that is 16 steps of a bfloat16 already comes back exactly. numpy in, numpy out; jax in, jax out.
+    Raises ValueError for another group size than 32 and 128.
     """
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}; w4 has groups of 32 or 128 inputs: choose one of them")
+    quantise: Any = _quantise_w4_numpy if _namespace(weight) is np else _quantise_w4_jax
+    packed, scales = quantise(weight, group_size)
+    return W4(packed=packed, scales=scales, group_size=group_size)
+
+
+_LARGEST_BECOMES = (-8.0, -7.0, -7.6, -7.3, -6.6, -8.4, -9.2)
+"""How many steps the entry of largest magnitude may be, before rounding and clipping to -8..7.
+
+Found on SmolLM2, where 20 candidates lower the squared error by less than one percent more.
+"""
+_ROWS_BYTES = 1 << 19
+"""f32 bytes of rows that are quantised together: what several temporaries of that size need fits a core's cache."""
+
+
+def _quantise_w4_numpy(weight: np.ndarray, group_size: int) -> tuple[Any, Any]:
+    rows, columns = weight.shape
+    padded = -(-columns // BLOCK) * BLOCK
+    packed = np.empty((padded // 4, rows), np.int16)
+    scales = np.empty((padded // group_size, rows), jnp.bfloat16)
+    step = max(1, _ROWS_BYTES // (4 * max(padded, 1)))
+
+    def quantise(start: int) -> None:
+        part = slice(start, start + step)
+        packed[:, part], scales[:, part] = _quantise_w4_rows(weight[part], group_size)
+
+    # numpy lets go of the interpreter's lock inside its loops, so threads share the cores.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        collections.deque(pool.map(quantise, range(0, rows, step)), maxlen=0)
+    return packed, scales
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _quantise_w4_jax(weight: Array, group_size: int) -> tuple[Array, Array]:
+    rows, columns = weight.shape
+    step = max(1, min(rows, (_ROWS_BYTES << 6) // (4 * max(columns, 1))))
+    blocks = -(-rows // step)
+    split = jnp.pad(weight, ((0, blocks * step - rows), (0, 0))).reshape(blocks, step, columns)
+    packed, scales = jax.lax.map(lambda part: _quantise_w4_rows(part, group_size), split)  # [blocks, K/4, step]
+
+    def join(parts: Array) -> Array:
+        return parts.swapaxes(0, 1).reshape(parts.shape[1], -1)[:, :rows]
+
+    return join(packed), join(scales)
+
+
+def _quantise_w4_rows(weight: Any, group_size: int) -> tuple[Any, Any]:
+    """Packed words and scales of some rows. Groups are columns here, so that sums over a group are sums of rows."""
     xp = _namespace(weight)
     rows, columns = weight.shape
     padded = -(-columns // BLOCK) * BLOCK
     wide = xp.pad(weight.astype(xp.float32), ((0, 0), (0, padded - columns)))
-    groups = wide.reshape(rows, padded // group_size, group_size)
-    largest = xp.take_along_axis(groups, xp.argmax(xp.abs(groups), axis=2)[:, :, None], axis=2)[:, :, 0]
-    scales = (largest / xp.float32(-8)).astype(jnp.bfloat16)  # [N, groups]; the rounded scale is the one that is used
-    steps = scales.astype(xp.float32)
-    steps = xp.where(steps == 0, xp.float32(1), steps)
-    values = xp.clip(xp.round(groups / steps[:, :, None]), -8, 7).astype(xp.int8).reshape(rows, padded)
-    return W4(packed=pack_w4(values), scales=scales.T, group_size=group_size)
+    groups = wide.reshape(-1, group_size).T  # [group_size, rows * groups of a row]
+    groups = np.ascontiguousarray(groups) if xp is np else groups
+    low, high = xp.min(groups, axis=0), xp.max(groups, axis=0)
+    largest = xp.where(high > -low, high, low)
+    plain = largest / xp.float32(-8)
+    best_gain, best_scale = xp.zeros_like(plain), plain
+    for steps in _LARGEST_BECOMES:
+        values = _round_w4(xp, groups, largest / xp.float32(steps))
+        product, square = _dots(xp, groups, values), _dots(xp, values, values)
+        fitted = product / xp.where(square == 0, xp.float32(1), square)  # least squares for these values
+        gain = product * fitted  # squared error of all zeros less that of these values
+        better = gain > best_gain
+        best_gain, best_scale = xp.where(better, gain, best_gain), xp.where(better, fitted, best_scale)
+    # The rounded scales are the ones that are used, so they decide. Both signs matter where the largest has a rival.
+    scales = _as_bfloat16(xp, plain)
+    error = _error_w4(xp, groups, scales)
+    for other in (-scales, _as_bfloat16(xp, best_scale)):
+        other_error = _error_w4(xp, groups, other)
+        better = other_error < error
+        error, scales = xp.where(better, other_error, error), xp.where(better, other, scales)
+    values = _round_w4(xp, groups, scales).T.reshape(rows, padded)
+    return pack_w4(values.astype(xp.int8)), scales.astype(jnp.bfloat16).reshape(rows, -1).T
+
+
+def _as_bfloat16(xp: Any, scales: Any) -> Any:
+    # XLA drops a cast to bfloat16 and back.
+    return scales.astype(jnp.bfloat16).astype(np.float32) if xp is np else jax.lax.reduce_precision(scales, 8, 7)
+
+
+def _error_w4(xp: Any, groups: Any, scales: Any) -> Any:
+    left = groups - _round_w4(xp, groups, scales) * scales[None, :]
+    return _dots(xp, left, left)
+
+
+def _dots(xp: Any, left: Any, right: Any) -> Any:
+    # einsum saves numpy a temporary; on a GPU it would be a dot in TF32.
+    return np.einsum("kg,kg->g", left, right) if xp is np else jnp.sum(left * right, axis=0)
+
+
+def _round_w4(xp: Any, groups: Any, steps: Any) -> Any:
+    scaled = groups / xp.where(steps == 0, xp.float32(1), steps)[None, :]
+    if xp is np:  # in place: the time goes into memory traffic
+        return np.clip(np.rint(scaled, out=scaled), -8, 7, out=scaled)
+    return jnp.clip(jnp.round(scaled), -8, 7)
 
 
 def pack_w4(values: Int8[Array, "N K"]) -> Int16[Array, "K/4 N"]:
