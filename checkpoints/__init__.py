@@ -1,7 +1,17 @@
 """Reading, converting and storing weights."""
 
-from checkpoints.conversion import Checkpoint, convert, describe, load
+from checkpoints.conversion import Checkpoint, Conversion, convert, describe, load, verify
 from checkpoints.default_model import cache_folder, default_model
 from checkpoints.errors import CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointError", "cache_folder", "convert", "default_model", "describe", "load"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Conversion",
+    "cache_folder",
+    "convert",
+    "default_model",
+    "describe",
+    "load",
+    "verify",
+]

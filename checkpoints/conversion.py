@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from checkpoints.errors import CheckpointError
-from checkpoints.formats import check_format, encode
+from checkpoints.fit import what_fits
+from checkpoints.formats import check_format, encode, stored_bytes
 from checkpoints.gguf_source import read_gguf
+from checkpoints.groups import Group, plan
 from checkpoints.hf_source import read_folder
+from checkpoints.manifest import verify as verify_store
+from checkpoints.sharding import Placement, Spec, tensor_parallel
 from checkpoints.source import Source, family, parameter_table
-from checkpoints.store import is_converted, new_folder, read_description, read_weights, write_texts, write_weights
+from checkpoints.store import (
+    FORMAT,
+    WEIGHTS,
+    Reading,
+    is_converted,
+    join,
+    read_description,
+    read_weights,
+    split,
+    write_group,
+    write_texts,
+)
+from checkpoints.unfinished import unfinished_folder
+from dflash_jax.console import Bytes, Note
 from dflash_jax.models.config import DrafterConfig, ModelConfig
 from pallas_kernels.quantised_matmul.api import Weight
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, how much is done, and how much there is."""
+
+_SOURCE_SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +57,17 @@ class Checkpoint:
     parameters: dict[str, Weight]
     tokenizer_json: str | None
     chat_template: str | None
+    reading: Reading | None = None
+    """How fast the weights of a converted folder were read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What `convert` did: groups in the folder, how many of them an earlier conversion had left, bytes of all."""
+
+    groups: int
+    continued: int
+    bytes: int
 
 
 def convert(
@@ -45,39 +78,64 @@ def convert(
     group_size: int = 32,
     role: str = "target",
     progress: Progress | None = None,
-) -> None:
-    """Writes the converted folder `out` from a Hugging Face folder or a .gguf file.
+) -> Conversion:
+    """Writes the converted folder `out` from a Hugging Face folder or a .gguf file, group by group of its tensors.
 
-    Raises CheckpointError or ConfigError, and then leaves nothing behind.
+    A conversion that was killed goes on where it stopped when it is started again with the same source and options.
+    Raises CheckpointError or ConfigError for a source or place that does not serve, and then leaves nothing behind; the
+    groups that were finished when a disk is full are kept.
     """
     check_format(weights)
-    opened = _open(Path(source))
+    source, out = Path(source), Path(out)
+    opened = _open(source)
     if isinstance(opened.config, DrafterConfig) != (role == "drafter"):
         raise CheckpointError(f"{source} holds a {family(opened.config)}: --role {role} does not fit")
     opened.check()
-    with new_folder(Path(out)) as folder:
-        parameters = {}
-        total = len(opened.table)
-        for index, (name, parameter, values) in enumerate(opened.read()):
+    facts = {"role": role, "weights": weights, "group_size": group_size, "source": source.name}
+    groups = plan(opened.table)
+    sizes = {name: stored_bytes(name, each, weights, group_size) for name, each in opened.table.items()}
+    with unfinished_folder(out, _key(opened, facts, groups)) as growing:
+        todo = [group for group in groups if group.name not in growing.finished]
+        continued = len(groups) - len(todo)
+        total = sum(sizes.values())
+        done = total - sum(_bytes_of(group, sizes) for group in todo)
+        _check_space(out, total - done)
+        if continued and progress:
+            note = f"an earlier conversion left {continued} of {len(groups)} groups: going on from there"
+            progress(Note(note), Bytes(done), Bytes(total))
+        for group, pieces in opened.read(todo):
             if progress:
-                progress(f"converting to {weights}", index, total)
-            parameters[name] = encode(name, parameter, values, weights, group_size)
+                progress(f"converting to {weights}", Bytes(done), Bytes(total))
+            encoded = {name: encode(name, each, values, weights, group_size) for name, each, values in pieces}
+            write_group(growing.store, group.name, encoded)
+            del encoded  # before the next group is read
+            growing.finish(group)
+            done += _bytes_of(group, sizes)
         if progress:
-            progress("writing weights", total, total)
-        write_weights(folder, parameters)
-        facts = {"role": role, "weights": weights, "group_size": group_size, "source": Path(source).name}
-        write_texts(folder, opened.config, facts, opened.tokenizer_json, opened.chat_template)
+            progress(f"converting to {weights}", Bytes(total), Bytes(total))
+        write_texts(growing.folder, opened.config, facts, opened.tokenizer_json, opened.chat_template)
+        return Conversion(len(groups), continued, growing.manifest.bytes)
 
 
-def load(path: Path, *, weights: str = "f32") -> Checkpoint:
+def load(
+    path: Path,
+    *,
+    weights: str = "f32",
+    mesh: Mesh | None = None,
+    spec: Spec = tensor_parallel,
+    progress: Progress | None = None,
+) -> Checkpoint:
     """A converted folder, or a Hugging Face folder or .gguf file straight into the format `weights`.
 
-    Raises CheckpointError or ConfigError with what is wrong and what to do.
+    With a mesh, whose axis is called "tensor", every parameter goes to the devices in the slices that `spec` gives;
+    without one, to the default device. Raises CheckpointError or ConfigError with what is wrong and what to do.
     """
-    path = Path(path)
+    path, placement = Path(path), Placement(mesh, spec)
     if is_converted(path):
         description, config = read_description(path)
-        parameters = read_weights(path, config, description["weights"], description["group_size"])
+        parameters, reading = read_weights(
+            path, config, description["group_size"], placement=placement, progress=progress
+        )
         return Checkpoint(
             role=description["role"],
             config=config,
@@ -85,20 +143,43 @@ def load(path: Path, *, weights: str = "f32") -> Checkpoint:
             parameters=parameters,
             tokenizer_json=_text(path / "tokenizer.json"),
             chat_template=_text(path / "chat_template.jinja"),
+            reading=reading,
         )
     check_format(weights)
     opened = _open(path)
     opened.check()
-    parameters = {
-        name: jax.tree.map(jnp.asarray, encode(name, parameter, values, weights, 32))
-        for name, parameter, values in opened.read()
-    }
+    parameters = {}
+    groups = plan(opened.table, piece_bytes=sys.maxsize)
+    for index, (_, pieces) in enumerate(opened.read(groups)):
+        if progress:
+            progress("reading weights", index, len(groups))
+        for name, parameter, values in pieces:
+            parts = split(encode(name, parameter, values, weights, 32))
+            placed = {
+                part: jax.device_put(each, placement.sharding(name, part, each.shape)) for part, each in parts.items()
+            }
+            parameters[name] = join(placed, 32)
     role = "drafter" if isinstance(opened.config, DrafterConfig) else "target"
     return Checkpoint(role, opened.config, weights, parameters, opened.tokenizer_json, opened.chat_template)
 
 
+def verify(path: Path, progress: Progress | None = None) -> list[str]:
+    """Compares a converted folder with its checksums: a line for each damaged group, none when all is well.
+
+    Raises CheckpointError when there is nothing to compare.
+    """
+    path = Path(path)
+    if not is_converted(path):
+        raise CheckpointError(f"{path} is not a converted folder: only those have checksums")
+    read_description(path)
+    return verify_store(path / WEIGHTS, progress)
+
+
 def describe(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, without reading its weights. Raises CheckpointError or ConfigError."""
+    """What a checkpoint holds, without reading its weights, and what of it fits on this device.
+
+    Raises CheckpointError or ConfigError.
+    """
     path = Path(path)
     if is_converted(path):
         facts, config = read_description(path)
@@ -123,6 +204,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": _bytes(path),
         "tokenizer": tokenizer,
         "chat_template": template,
+        **what_fits(config),
         "config": {name: value for name, value in json.loads(config.to_json()).items() if name != "layers"},
         **_layers(config),
     }
@@ -150,6 +232,29 @@ def _open(path: Path) -> Source:
 def _bytes(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def _bytes_of(group: Group, sizes: Mapping[str, int]) -> int:
+    """About how many bytes a group will have."""
+    return sum(sizes[piece.tensor] * (piece.stop - piece.start) // piece.rows for piece in group.pieces)
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"the disk of {out.parent} is too full: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
+            "free some space or choose another place"
+        )
+
+
+def _key(source: Source, facts: Mapping[str, Any], groups: Sequence[Group]) -> str:
+    """Equal for conversions that write the same bytes: same files of the source, same config, options and groups."""
+    path = source.path
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in _SOURCE_SUFFIXES)
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    everything = [FORMAT, stamps, source.config.to_json(), dict(facts), [group.to_json() for group in groups]]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 
 def _text(file: Path) -> str | None:

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from checkpoints.errors import CheckpointError
+from checkpoints.groups import Group, Piece
 from dflash_jax.models.config import DrafterConfig, ModelConfig
 from dflash_jax.models.parameters import Parameter, drafter_parameters, target_parameters
 
 Reader = Callable[[], np.ndarray]
-"""Reads one tensor, f32, matrices as [out, in]."""
+"""Reads one tensor, f32, matrices as [out, in]. A RowReader spares memory where tensors are huge."""
+
+
+@runtime_checkable
+class RowReader(Protocol):
+    """A reader that can also read rows `start` to `stop` alone."""
+
+    def __call__(self) -> np.ndarray:
+        """The whole tensor."""
+        ...
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Some of its rows."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +70,39 @@ class Source:
                 f"{self.path}: tensor {self.origin[extra[0]]} has no place in a {family(self.config)} model"
             )
 
-    def read(self) -> Iterator[tuple[str, Parameter, np.ndarray]]:
-        """All parameters in the order of the table."""
-        for name, parameter in self.table.items():
-            yield name, parameter, self.readers[name]()
+    def read(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Iterator[tuple[str, Parameter, np.ndarray]]]]:
+        """The pieces of every group, in turn; each is read when it is asked for and forgotten afterwards."""
+        table, last = self.table, _LastTensor()
+        for group in groups:
+            yield group, ((piece.tensor, table[piece.tensor], self._rows(piece, last)) for piece in group.pieces)
+
+    def _rows(self, piece: Piece, last: _LastTensor) -> np.ndarray:
+        reader = self.readers[piece.tensor]
+        if piece.whole:
+            last.forget()
+            return reader()
+        if isinstance(reader, RowReader):
+            return reader.rows(piece.start, piece.stop)
+        values = last.read(piece.tensor, reader)[piece.start : piece.stop]
+        if piece.stop == piece.rows:
+            last.forget()
+        return values
+
+
+class _LastTensor:
+    """A tensor that comes in pieces from a reader that only reads all of it."""
+
+    def __init__(self) -> None:
+        self.name, self.values = "", np.empty(0)
+
+    def read(self, name: str, reader: Reader) -> np.ndarray:
+        if name != self.name:
+            self.forget()
+            self.name, self.values = name, reader()
+        return self.values
+
+    def forget(self) -> None:
+        self.name, self.values = "", np.empty(0)
 
 
 def parameter_table(config: ModelConfig | DrafterConfig) -> dict[str, Parameter]:

@@ -1,19 +1,16 @@
-"""Converted folders: config.json, tokenizer.json, chat_template.jinja and the weights as an Orbax store.
+"""Converted folders: config.json, tokenizer.json, chat_template.jinja and the weights, an Orbax checkpoint per group.
 
-A folder is written under a temporary name beside its place and renamed when everything is on the disk. Whatever stops a
-conversion, the place holds the old folder, the new one, or nothing.
+How a folder comes to be is told in checkpoints/unfinished.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import dataclasses
+import functools
 import json
-import os
-import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +18,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+from jaxtyping import Array
 
 from checkpoints.errors import CheckpointError
+from checkpoints.groups import Group, Piece
+from checkpoints.manifest import Manifest, group_bytes, read_manifest
+from checkpoints.sharding import Placement
 from checkpoints.source import parameter_table
+from dflash_jax.console import Bytes, Note
 from dflash_jax.models.config import DrafterConfig, ModelConfig
+from dflash_jax.models.parameters import Parameter
 from pallas_kernels.quantised_matmul.api import W4, W8, Weight
 
-FORMAT = "dflash-jax/1"
+FORMAT = "dflash-jax/2"
 """Written to config.json; a folder of another version must be converted again."""
 
-_WEIGHTS = "weights"
-_SAYS_FULL = re.compile(r"No space left|ENOSPC|Disk quota exceeded")
+WEIGHTS = "weights"
+"""The folder of the groups and their manifest."""
+
+_CHUNK_BYTES = 64 << 20
+"""Bytes that are read together: small enough for devices that want only a slice."""
+_ROW_AXIS = {"weight": 0, "values": 0, "row_scales": 0, "packed": 1, "group_scales": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How fast weights came from the disk to their devices."""
+
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.bytes / 1e9:.2f} GB at {self.bytes / 1e9 / max(self.seconds, 1e-9):.2f} GB/s"
 
 
 def is_converted(path: Path) -> bool:
-    """Whether a folder was written through `new_folder`, by this or another version."""
+    """Whether a folder was written by `convert`, of this or another version."""
     try:
         description = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -62,43 +81,6 @@ def read_description(path: Path) -> tuple[dict[str, Any], ModelConfig | DrafterC
     return description, record.from_json(json.dumps(description.get("config")))
 
 
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place `out` when the block ends well, and vanishes when it does not.
-
-    Raises CheckpointError when `out` holds something else than a converted folder, and when the disk is full.
-    """
-    if out.exists() and not is_converted(out):
-        raise CheckpointError(f"{out} exists and is not a converted folder: choose another place or remove it")
-    temporary = _beside(out, "new")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
-        temporary.mkdir()
-        yield temporary
-        _flush(temporary)
-        _replace(temporary, out)
-    except (OSError, ValueError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # Orbax reports a full disk as a ValueError, in the words of its storage library.
-        if full or _SAYS_FULL.search(str(error)):
-            raise CheckpointError(
-                f"the disk of {out.parent} is full: free some space or choose another place"
-            ) from error
-        if isinstance(error, OSError):
-            raise CheckpointError(f"cannot write {out}: {error.strerror or error}; choose another place") from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_weights(folder: Path, parameters: Mapping[str, Weight]) -> None:
-    """The Orbax store of a folder."""
-    tree = {name: _parts(weight) for name, weight in parameters.items()}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / _WEIGHTS).absolute(), tree)
-
-
 def write_texts(
     folder: Path,
     config: ModelConfig | DrafterConfig,
@@ -115,83 +97,137 @@ def write_texts(
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
-def read_weights(path: Path, config: ModelConfig | DrafterConfig, weights: str, group_size: int) -> dict[str, Weight]:
-    """The parameters of a converted folder, on the default device. Raises CheckpointError."""
-    store = (path / _WEIGHTS).absolute()
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            found = checkpointer.metadata(store).item_metadata
-            abstract = {
-                name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), parts)
-                for name, parts in dict(found).items()
-            }
-            tree = checkpointer.restore(store, abstract)
-    except Exception as error:  # Orbax and its storage library fail in many ways on damaged stores
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{store} is damaged: {reason}; convert the model again") from error
-    missing = sorted(set(parameter_table(config)) - set(tree))
-    if missing:
-        raise CheckpointError(f"{store} lacks tensor {missing[0]}: convert the model again")
-    return {name: _join(parts, group_size) for name, parts in tree.items()}
+def write_group(store: Path, name: str, parameters: Mapping[str, Weight]) -> None:
+    """One group of parameters, or of pieces of them, as an Orbax checkpoint of its own: `store / name`."""
+    tree = {
+        tensor: {part: np.asarray(array) for part, array in split(weight).items()}
+        for tensor, weight in parameters.items()
+    }
+    arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    with _checkpointer() as checkpointer:
+        checkpointer.save((store / name).absolute(), ocp.args.PyTreeSave(tree, save_args=arguments))
 
 
-def _parts(weight: Weight) -> Any:
+def read_weights(
+    path: Path,
+    config: ModelConfig | DrafterConfig,
+    group_size: int,
+    *,
+    placement: Placement | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[dict[str, Weight], Reading]:
+    """The parameters of a converted folder, straight to their devices (`placement`), and how fast that went.
+
+    Raises CheckpointError for what is missing or damaged; checksums are `verify`'s matter.
+    """
+    store, placement = (path / WEIGHTS).absolute(), placement or Placement()
+    manifest = read_manifest(store)
+    started, done = time.monotonic(), 0
+    whole: dict[str, dict[str, Array]] = {}
+    for name, entry in manifest.entries.items():
+        if progress:
+            progress("reading weights", Bytes(done), Bytes(manifest.bytes))
+        try:
+            _check_size(store / name, entry.bytes)
+            tree = _restore(store / name, entry.group, placement)
+        except Exception as error:  # Orbax and its storage library fail in many ways on damaged stores
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{store}: group {entry.group} is damaged: {reason}; convert the model again"
+            ) from error
+        for piece in entry.group.pieces:
+            parts = tree[piece.tensor]
+            whole[piece.tensor] = parts if piece.whole else _put(whole.get(piece.tensor), parts, piece, placement)
+        done += entry.bytes
+    _check_complete(store, manifest, parameter_table(config))
+    jax.block_until_ready(whole)
+    reading = Reading(done, time.monotonic() - started)
+    if progress:
+        progress(Note(f"weights read: {reading}"), Bytes(done), Bytes(done))
+    return {name: join(parts, group_size) for name, parts in whole.items()}, reading
+
+
+def split(weight: Weight) -> dict[str, Any]:
+    """The arrays of a weight by the names of its parts (checkpoints/sharding.py)."""
     if isinstance(weight, W8):
-        return {"values": np.asarray(weight.values), "scales": np.asarray(weight.scales)}
+        return {"values": weight.values, "row_scales": weight.scales}
     if isinstance(weight, W4):
-        return {"packed": np.asarray(weight.packed), "scales": np.asarray(weight.scales)}
-    return np.asarray(weight)
+        return {"packed": weight.packed, "group_scales": weight.scales}
+    return {"weight": weight}
 
 
-def _join(parts: Any, group_size: int) -> Weight:
-    if not isinstance(parts, dict):
-        return jnp.asarray(parts)
+def join(parts: Mapping[str, Array], group_size: int) -> Weight:
+    """The inverse of `split`."""
     if "values" in parts:
-        return W8(values=parts["values"], scales=parts["scales"])
-    return W4(packed=parts["packed"], scales=parts["scales"], group_size=group_size)
+        return W8(values=parts["values"], scales=parts["row_scales"])
+    if "packed" in parts:
+        return W4(packed=parts["packed"], scales=parts["group_scales"], group_size=group_size)
+    return parts["weight"]
 
 
-def _flush(folder: Path) -> None:
-    for file in [*folder.rglob("*"), folder]:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _checkpointer() -> ocp.Checkpointer:
+    # Weights do not compress, and trying costs most of the time.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
 
 
-def _replace(temporary: Path, out: Path) -> None:
-    if not out.exists():
-        try:
-            temporary.rename(out)
-            return
-        except OSError:
-            if not is_converted(out):  # somebody else may have finished the same conversion
-                raise
-    old = _beside(out, "old")
-    out.rename(old)
-    temporary.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+def _restore(folder: Path, group: Group, placement: Placement) -> dict[str, dict[str, Array]]:
+    pieces = {piece.tensor: piece for piece in group.pieces}
+    with _checkpointer() as checkpointer:
+        found = dict(checkpointer.metadata(folder).item_metadata.tree)
+        if set(found) != set(pieces):
+            raise ValueError("it holds other tensors than the manifest says")
+        abstract = {
+            tensor: {
+                part: jax.ShapeDtypeStruct(
+                    leaf.shape,
+                    leaf.dtype,
+                    # Where a piece is cut has nothing to do with where devices cut its tensor.
+                    sharding=placement.sharding(tensor, part, leaf.shape)
+                    if pieces[tensor].whole
+                    else placement.uncut(),
+                )
+                for part, leaf in parts.items()
+            }
+            for tensor, parts in found.items()
+        }
+        arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+        return checkpointer.restore(folder, ocp.args.PyTreeRestore(item=abstract, restore_args=arguments))
 
 
-def _beside(out: Path, label: str) -> Path:
-    """A name beside `out` that says which process made it; no two conversions share one."""
-    return out.with_name(f".{out.name}.{os.getpid()}.{label}-{secrets.token_hex(4)}.tmp")
+def _put(
+    whole: Mapping[str, Array] | None, parts: Mapping[str, Array], piece: Piece, placement: Placement
+) -> dict[str, Array]:
+    """Rows of a tensor in their place, in memory that the whole tensor owns already."""
+    result = {}
+    for part, array in parts.items():
+        axis = _ROW_AXIS[part]
+        shape = (*array.shape[:axis], piece.rows, *array.shape[axis + 1 :])
+        sharding = placement.sharding(piece.tensor, part, shape)
+        target = (
+            whole[part]
+            if whole
+            else jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, array.dtype)
+        )
+        result[part] = _put_rows(target, array, jnp.int32(piece.start), axis, sharding)
+    return jax.block_until_ready(result)
 
 
-def _remove_leftovers(out: Path) -> None:
-    for leftover in out.parent.glob(f".{out.name}.*.tmp"):
-        process = leftover.name.removeprefix(f".{out.name}.").split(".")[0]
-        if process.isdigit() and not _is_alive(int(process)):
-            shutil.rmtree(leftover, ignore_errors=True)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _put_rows(whole: Array, rows: Array, start: Array, axis: int, sharding: Sharding) -> Array:
+    placed = jax.lax.dynamic_update_slice_in_dim(whole, rows, start, axis)
+    return jax.lax.with_sharding_constraint(placed, sharding)
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _check_size(folder: Path, expected: int) -> None:
+    found = group_bytes(folder) if folder.is_dir() else None
+    if found != expected:
+        raise ValueError("it is missing" if found is None else f"it has {found} bytes instead of {expected}")
+
+
+def _check_complete(store: Path, manifest: Manifest, table: Mapping[str, Parameter]) -> None:
+    rows: Counter[str] = Counter()
+    for entry in manifest.entries.values():
+        rows.update({piece.tensor: piece.stop - piece.start for piece in entry.group.pieces})
+    for name, parameter in table.items():
+        if rows[name] != parameter.shape[0]:
+            raise CheckpointError(f"{store} lacks tensor {name}: convert the model again")

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ _SWITCH = click.Choice(["auto", "on", "off"])
 
 
 class _Failure(Exception):
-    """An answer that the engine could not finish."""
+    """An answer that the engine could not finish, or a checkpoint that is damaged."""
 
 
 class _Commands(click.Group):
@@ -205,23 +206,43 @@ def convert(source: Path, out: Path, weights: str, group_size: str, role: str) -
     import checkpoints
     from dflash_jax.console import progress_bar
 
+    started = time.monotonic()
     with progress_bar() as progress:
-        checkpoints.convert(source, out, weights=weights, group_size=int(group_size), role=role, progress=progress)
+        done = checkpoints.convert(
+            source, out, weights=weights, group_size=int(group_size), role=role, progress=progress
+        )
+    click.echo(f"{done.bytes / 1e9:.2f} GB in {time.monotonic() - started:.0f} s", err=True)
     click.echo(f"{out} is ready")
 
 
 @main.command()
 @click.argument("path", type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(path: Path, as_json: bool) -> None:
-    """Show what the checkpoint at PATH holds."""
+@click.option("--verify", is_flag=True, help="Compare a converted folder with its checksums.")
+def inspect(path: Path, as_json: bool, verify: bool) -> None:
+    """Show what the checkpoint at PATH holds, and what fits on this device."""
+    # Looking at a model must not take the device's memory from whoever serves it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import checkpoints
 
     description = checkpoints.describe(path)
+    damaged = _verify(path) if verify else []
+    if verify:
+        description = {**description, "verified": "damaged" if damaged else "all checksums are right"}
     if as_json:
         click.echo(json.dumps(description, ensure_ascii=False, default=str))
     else:
         _print_table(description)
+    if damaged:
+        raise _Failure(f"{path}: {'; '.join(damaged)}; convert the model again")
+
+
+def _verify(path: Path) -> list[str]:
+    import checkpoints
+    from dflash_jax.console import progress_bar
+
+    with progress_bar() as progress:
+        return checkpoints.verify(path, progress)
 
 
 @main.group()
@@ -314,6 +335,8 @@ def _rows(description: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
     for name, value in description.items():
         if isinstance(value, Mapping):
             rows += _rows(value, f"{prefix}{name}.")
+        elif "bytes" in f"{prefix}{name}" and isinstance(value, int) and value >= 1_000_000:
+            rows.append((f"{prefix}{name}", f"{value:,} ({value / 1e9:.2f} GB)"))
         else:
             rows.append((f"{prefix}{name}", str(value)))
     return rows

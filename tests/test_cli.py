@@ -255,11 +255,13 @@ def test_convert(monkeypatch):
     def convert(source, out, *, progress, **options):
         progress("writing", 1, 2)
         calls.append((source, out, options))
+        return checkpoints.Conversion(groups=3, continued=0, bytes=1_500_000_000)
 
     monkeypatch.setattr(checkpoints, "convert", convert, raising=False)
     result = run("convert", "in.gguf", "out", "--weights", "w4", "--group-size", "128", "--role", "drafter")
     assert (result.exit_code, result.stdout) == (0, "out is ready\n")
     assert "writing (1/2)" in result.stderr
+    assert "1.50 GB in 0 s" in result.stderr
     assert calls == [(Path("in.gguf"), Path("out"), {"weights": "w4", "group_size": 128, "role": "drafter"})]
 
 

@@ -47,7 +47,7 @@ def load_model(
     enable_persistent_cache()
     source = checkpoints.default_model(progress) if path is None else Path(path)
     profile = profile or profile_for_device()
-    loaded = checkpoints.load(source)
+    loaded = checkpoints.load(source, progress=progress)
     if not isinstance(loaded.config, ModelConfig):
         raise checkpoints.CheckpointError(f"{source} holds a drafter: give the target here and this with --drafter")
     tokenizer = Tokenizer(loaded.tokenizer_json) if loaded.tokenizer_json else None
