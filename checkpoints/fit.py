@@ -21,8 +21,8 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 def what_fits(config: ModelConfig | DrafterConfig) -> dict[str, Any]:
     """Context, bytes on the device by weights format, KV bytes per token, and the longest context beside the weights.
 
-    Every layer stores K and V of all tokens, in bfloat16 on a GPU and f32 on a CPU. A context that would exceed the
-    model's own is cut to it; 0 means that the weights alone do not fit.
+    Every layer with K and V of its own stores those of all tokens, in bfloat16 on a GPU and f32 on a CPU. The context
+    is at most the model's own; 0 means that the weights alone do not fit.
     """
     table = parameter_table(config)
     weights = {
@@ -59,4 +59,4 @@ def device_memory() -> tuple[int, str]:
 def _kv_numbers(config: ModelConfig | DrafterConfig) -> int:
     if isinstance(config, DrafterConfig):
         return 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return sum(2 * layer.num_kv_heads * layer.head_dim for layer in config.layers)
+    return sum(2 * layer.num_kv_heads * layer.head_dim for layer in config.layers if layer.kv_source is None)

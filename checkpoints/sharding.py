@@ -16,8 +16,8 @@ Spec = Callable[[str, str], PartitionSpec]
 A part is `weight` of what is dense, `values` or `row_scales` of w8, `packed` or `group_scales` of w4.
 """
 
-_BY_OUTPUTS = ("q", "k", "v", "gate", "up", "lm_head", "q_bias", "k_bias", "v_bias")
-_BY_INPUTS = ("o", "down")
+_BY_OUTPUTS = (*(f"attention.{name}" for name in ("q", "k", "v", "q_bias", "k_bias", "v_bias")), "mlp.gate", "mlp.up")
+_BY_INPUTS = ("attention.o", "mlp.down")
 _AXES = {"weight": (0, 1), "values": (0, 1), "row_scales": (0, None), "packed": (1, 0), "group_scales": (1, 0)}
 """Axes of outputs and inputs of each part."""
 
@@ -34,11 +34,9 @@ def tensor_parallel(name: str, part: str) -> PartitionSpec:
     XLA inserts the sums over devices that this takes. What a decoder concatenates (q, k and v; gate and up) keeps an
     even slicing of the whole, which is not one by heads; XLA moves what it must, and results stay the same.
     """
-    last = name.rpartition(".")[2]
-    if last not in _BY_OUTPUTS + _BY_INPUTS:
-        return PartitionSpec()
     outputs, inputs = _AXES[part]
-    axis = outputs if last in _BY_OUTPUTS else inputs
+    by_outputs = name == "lm_head" or name.endswith(_BY_OUTPUTS)
+    axis = outputs if by_outputs else inputs if name.endswith(_BY_INPUTS) else None
     return PartitionSpec() if axis is None else PartitionSpec(*([None] * axis), AXIS)
 
 

@@ -124,12 +124,13 @@ def read_weights(
     manifest = read_manifest(store)
     started, done = time.monotonic(), 0
     whole: dict[str, dict[str, Array]] = {}
+    checkpointer = _checkpointer()
     for name, entry in manifest.entries.items():
         if progress:
             progress("reading weights", Bytes(done), Bytes(manifest.bytes))
         try:
             _check_size(store / name, entry.bytes)
-            tree = _restore(store / name, entry.group, placement)
+            tree = _restore(checkpointer, store / name, entry.group, placement)
         except Exception as error:  # Orbax and its storage library fail in many ways on damaged stores
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
@@ -139,6 +140,7 @@ def read_weights(
             parts = tree[piece.tensor]
             whole[piece.tensor] = parts if piece.whole else _put(whole.get(piece.tensor), parts, piece, placement)
         done += entry.bytes
+    checkpointer.close()
     _check_complete(store, manifest, parameter_table(config))
     jax.block_until_ready(whole)
     reading = Reading(done, time.monotonic() - started)
@@ -170,28 +172,28 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
 
 
-def _restore(folder: Path, group: Group, placement: Placement) -> dict[str, dict[str, Array]]:
+def _restore(
+    checkpointer: ocp.Checkpointer, folder: Path, group: Group, placement: Placement
+) -> dict[str, dict[str, Array]]:
     pieces = {piece.tensor: piece for piece in group.pieces}
-    with _checkpointer() as checkpointer:
-        found = dict(checkpointer.metadata(folder).item_metadata.tree)
-        if set(found) != set(pieces):
-            raise ValueError("it holds other tensors than the manifest says")
-        abstract = {
-            tensor: {
-                part: jax.ShapeDtypeStruct(
-                    leaf.shape,
-                    leaf.dtype,
-                    # Where a piece is cut has nothing to do with where devices cut its tensor.
-                    sharding=placement.sharding(tensor, part, leaf.shape)
-                    if pieces[tensor].whole
-                    else placement.uncut(),
-                )
-                for part, leaf in parts.items()
-            }
-            for tensor, parts in found.items()
+    metadata: Any = checkpointer.metadata(folder).item_metadata
+    found = dict(metadata.tree)
+    if set(found) != set(pieces):
+        raise ValueError("it holds other tensors than the manifest says")
+    abstract = {
+        tensor: {
+            part: jax.ShapeDtypeStruct(
+                leaf.shape,
+                leaf.dtype,
+                # Where a piece is cut has nothing to do with where devices cut its tensor.
+                sharding=placement.sharding(tensor, part, leaf.shape) if pieces[tensor].whole else placement.uncut(),
+            )
+            for part, leaf in parts.items()
         }
-        arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-        return checkpointer.restore(folder, ocp.args.PyTreeRestore(item=abstract, restore_args=arguments))
+        for tensor, parts in found.items()
+    }
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return checkpointer.restore(folder, ocp.args.PyTreeRestore(item=abstract, restore_args=arguments))
 
 
 def _put(

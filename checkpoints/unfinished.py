@@ -1,7 +1,7 @@
 """The place where a folder grows: hidden beside its own place, for one conversion at a time.
 
-What a killed conversion leaves there is where the next one goes on. Whatever stops a conversion, its own place holds the
-old folder, the new one, or nothing.
+What a killed conversion leaves there is where the next one goes on. Whatever stops a conversion, its own place holds
+the old folder, the new one, or nothing.
 """
 
 from __future__ import annotations
