@@ -279,6 +279,20 @@ def test_inspect(monkeypatch):
     assert json.loads(run("inspect", "x", "--json").stdout) == {**description, "path": "x"}
 
 
+def test_inspect_verify(monkeypatch):
+    monkeypatch.setattr(checkpoints, "describe", lambda path: {"family": "llama", "bytes": 62_000_000_000})
+    damaged = []
+    monkeypatch.setattr(checkpoints, "verify", lambda path, progress: damaged)
+    result = run("inspect", "x", "--verify")
+    assert result.exit_code == 0
+    assert "all checksums are right" in result.stdout and "62,000,000,000 (62.00 GB)" in result.stdout
+    damaged.append("group 0003 (embed) is damaged: its checksum differs")
+    result = run("inspect", "x", "--verify", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["verified"]) == (1, "damaged")
+    line = "error: x: group 0003 (embed) is damaged: its checksum differs; convert the model again"
+    assert result.stderr.splitlines()[-1] == line
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "options"),
     [
