@@ -101,7 +101,7 @@ def _seconds(function: Callable[..., Any], positional: tuple[Any, ...], size: in
     Small arguments are copied a few times, so that no call finds them in the cache from the call before.
     """
     first, *rest = positional
-    copies = [rest, *(jax.tree.map(jnp.copy, rest) for _ in range(min(7, _CACHE // max(size, 1)) if _ON_GPU else 0))]
+    copies = [rest, *(jax.tree.map(jnp.copy, rest) for _ in range(min(3, _CACHE // max(size, 1)) if _ON_GPU else 0))]
 
     @jax.jit
     def many(first: jax.Array, copies: Any) -> jax.Array:
