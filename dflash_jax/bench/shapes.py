@@ -141,7 +141,7 @@ def _visit(programs: Programs, context: int, pages: int, *, draft: bool) -> tupl
         started = time.perf_counter()
         visit, _ = programs.decode(slots, sampling_parameters(temperature=0.0), draft=draft, max_steps=_STEPS)
         best = min(best, (time.perf_counter() - started) / int(visit.steps))
-        tokens = visit.tokens[0, : int(visit.count[0])]
+        tokens = np.asarray(visit.tokens)[0, : int(visit.count[0])]
     return best, tokens
 
 
