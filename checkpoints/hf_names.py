@@ -56,6 +56,33 @@ _TABLES = {
 }
 _IGNORED = ("rotary_emb.inv_freq",)
 """Ends of names that hold nothing that the config does not say."""
+_OF_THE_TARGET = ("embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight")
+"""Copies of the target's matrices that some drafters carry; hf_config.py refuses drafters whose own they are."""
+_VARIANTS = {
+    "attention_conv": "DFlash 2",
+    "mlp_conv": "DFlash 2",
+    "candidate_selector": "DFlash 2",
+    "attn_conv_base": "DFlash 2",
+    "attn_conv_proj": "DFlash 2",
+    "ffn_conv_base": "DFlash 2",
+    "ffn_conv_proj": "DFlash 2",
+    "selector_predecessor": "DFlash 2",
+    "selector_successor": "DFlash 2",
+    "selector_hidden": "DFlash 2",
+    "prefix_gru": "Domino",
+    "embed_proj": "Domino",
+    "markov_head": "DSpark",
+    "confidence_head": "DSpark",
+    "markov_w1": "DSpark",
+    "markov_w2": "DSpark",
+    "conf_proj": "DSpark",
+    "d2t": "a reduced vocabulary",
+    "t2d": "a reduced vocabulary",
+    "g_proj": "gated attention",
+    "qkv_proj": "fused q, k and v",
+    "attn_sinks": "attention sinks",
+}
+"""Parts of tensor names, also of GGUF files, by which drafters of another kind than DFlash 1 are known."""
 
 
 def canonical_name(name: str, config: ModelConfig | DrafterConfig) -> str | None:
@@ -66,16 +93,25 @@ def canonical_name(name: str, config: ModelConfig | DrafterConfig) -> str | None
         return top[short]
     kind, _, rest = short.partition(".")
     index, _, rest = rest.partition(".")
-    return f"layers.{index}.{layer[rest]}" if kind == "layers" and index.isdigit() and rest in layer else None
+    return f"layers.{index}.{layer[rest]}" if kind == "layers" and index.isdecimal() and rest in layer else None
+
+
+def is_other_modality(name: str) -> bool:
+    """Whether a tensor belongs to a model of images or sound, or holds nothing that the config does not say."""
+    return name.endswith(_IGNORED) or any(part in name.split(".") for part in _OTHER_MODALITIES)
 
 
 def is_skipped(name: str, config: ModelConfig | DrafterConfig) -> bool:
     """Whether a tensor is left alone: of another modality, a constant, or a copy that this model does not read."""
-    if name.endswith(_IGNORED) or any(part in name.split(".") for part in _OTHER_MODALITIES):
+    if is_other_modality(name):
         return True
     if isinstance(config, DrafterConfig):
-        return False
-    ours = canonical_name(name, config) or ""
+        return name.removeprefix("model.") in _OF_THE_TARGET
+    return is_copy(canonical_name(name, config) or "", config)
+
+
+def is_copy(ours: str, config: ModelConfig) -> bool:
+    """Whether a tensor, by our name, repeats what the model takes from elsewhere."""
     if ours == "lm_head":
         return config.tied_embeddings  # some tied checkpoints store the matrix twice
     kind, _, rest = ours.partition(".")
@@ -85,3 +121,11 @@ def is_skipped(name: str, config: ModelConfig | DrafterConfig) -> bool:
     # Published files hold keys and values of layers that read another layer's.
     shares = config.layers[int(index)].kv_source is not None
     return shares and rest in ("attention.k", "attention.v", "attention.k_norm")
+
+
+def variant_of(name: str, config: ModelConfig | DrafterConfig) -> str:
+    """The end of a message about an unknown tensor of a drafter: the kind of drafter that it tells of."""
+    found = {_VARIANTS[part] for part in name.split(".") if part in _VARIANTS}
+    if not found or not isinstance(config, DrafterConfig):
+        return ""
+    return f": it is a drafter with {found.pop()}, which is not supported; supported: DFlash 1"

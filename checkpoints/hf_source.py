@@ -3,61 +3,103 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors
-
 from checkpoints.errors import CheckpointError
-from checkpoints.hf_names import canonical_name, is_skipped
-from checkpoints.source import Reader, Source, family
+from checkpoints.hf_names import canonical_name, is_other_modality, is_skipped, variant_of
+from checkpoints.packed_weights import Tensor, unpack
+from checkpoints.readers import CheckedReader
+from checkpoints.safetensors_file import StoredTensor, read_header
+from checkpoints.source import Reader, Source, family, parameter_table
 from dflash_jax.models.config import DrafterConfig, ModelConfig
-from dflash_jax.models.hf_config import drafter_from_hf, from_hf, token_ids
-
-_DTYPES = ("F32", "F16", "BF16")
+from dflash_jax.models.hf_config import drafter_from_hf, from_hf, is_drafter, token_ids
 
 
 def read_folder(path: Path) -> Source:
     """The model or drafter in a folder. Raises CheckpointError or ConfigError with what is wrong in it."""
     described = _json(path / "config.json")
-    if described.get("quantization_config"):
-        raise CheckpointError(f"{path} is quantised already: give the folder of the original weights, or a .gguf file")
     config = _config(path, described)
+    tensors, skipped = _tensors(path, described)
     readers: dict[str, Reader] = {}
-    shapes, origin, skipped = {}, {}, []
-    for file in _weight_files(path):
-        for own, shape in _shapes(file).items():
-            if is_skipped(own, config):
-                skipped.append(own)
+    shapes, origin = {}, {}
+    for name, tensor in tensors.items():
+        if is_skipped(name, config):
+            skipped.append(tensor.origin)
+            continue
+        own = canonical_name(name, config)
+        if own is None or (own.endswith("_bias") and own not in parameter_table(config)):
+            if name.endswith(".bias") and _is_zero(tensor):  # GPTQ writes one beside every matrix
+                skipped.append(tensor.origin)
                 continue
-            name = canonical_name(own, config)
-            if name is None:
-                raise CheckpointError(f"{file}: tensor {own} is unknown in a {family(config)} model")
-            readers[name] = functools.partial(_read, file, own)
-            shapes[name], origin[name] = flat_shape(shape), own
+        if own is None:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.origin} is unknown in a {family(config)} model{variant_of(name, config)}"
+            )
+        readers[own] = CheckedReader(f"{path}: tensor {tensor.origin}", tensor.shape[0], tensor.read)
+        shapes[own], origin[own] = tensor.shape, tensor.origin
+    tokenizer = read_text(path / "tokenizer.json")
+    if tokenizer is not None and isinstance(config, ModelConfig):
+        check_tokenizer(path, tokenizer, config.vocab_size)
     return Source(
         path=path,
         config=config,
         shapes=shapes,
         readers=readers,
         origin=origin,
-        tokenizer_json=_text(path / "tokenizer.json"),
+        tokenizer_json=tokenizer,
         chat_template=_chat_template(path),
         skipped=tuple(skipped),
     )
 
 
-def flat_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The matrices of experts `[experts, out, in]` stand below each other in ours."""
-    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
+def check_tokenizer(path: Path, tokenizer_json: str, vocab_size: int) -> None:
+    """Raises CheckpointError for a tokenizer that has more ids than the model has rows."""
+    try:
+        found = json.loads(tokenizer_json)
+        vocabulary = (found.get("model") or {}).get("vocab") or {}
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        largest = max([*ids, *(token["id"] for token in found.get("added_tokens") or [])], default=-1)
+        fits = largest < vocab_size
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: tokenizer.json is damaged: {first_line(error)}; fetch it again") from error
+    if not fits:
+        raise CheckpointError(
+            f"{path}: the tokenizer has id {largest}, the model {vocab_size} rows; they do not belong together"
+        )
+
+
+def _tensors(path: Path, described: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    stored: dict[str, StoredTensor] = {}
+    for file in _weight_files(path):
+        stored |= read_header(file)
+    text = described.get("text_config")
+    for fields in (described, text if isinstance(text, dict) else {}):
+        quantisation = fields.get("quantization_config") or fields.get("compression_config")
+        if quantisation:
+            break
+    wanted = {name: tensor for name, tensor in stored.items() if not is_other_modality(name)}
+    try:
+        tensors, skipped = unpack(path, wanted, quantisation)
+    except CheckpointError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: quantization_config is damaged or unusual: {first_line(error)}") from error
+    scalars = [tensor.origin for tensor in tensors.values() if not tensor.shape]
+    if scalars:
+        raise CheckpointError(f"{path}: tensor {scalars[0]} is a single number, which no model here has")
+    return tensors, [name for name in stored if name not in wanted] + skipped
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    return not tensor.read(0, tensor.shape[0]).any()
 
 
 def _config(path: Path, described: dict[str, Any]) -> ModelConfig | DrafterConfig:
     try:
-        if "dflash_config" in described:
+        if is_drafter(described):
             return drafter_from_hf(described)
         config = from_hf(described)
         generation = path / "generation_config.json"
@@ -65,8 +107,8 @@ def _config(path: Path, described: dict[str, Any]) -> ModelConfig | DrafterConfi
         stops = dict.fromkeys([*config.stop_ids, *token_ids(more.get("eos_token_id"))])
         never = dict.fromkeys([*config.suppressed_ids, *token_ids(more.get("suppress_tokens"))])
         return dataclasses.replace(config, stop_ids=tuple(stops), suppressed_ids=tuple(never))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {first_line(error)}") from error
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -88,32 +130,8 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safetensors.safe_open(str(file), framework="numpy") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            dtypes = {name: part.get_dtype() for name, part in slices.items()}
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-    except Exception as error:  # safetensors fails in many ways on damaged files
-        raise CheckpointError(
-            f"{file} is damaged or truncated: {str(error).splitlines()[0]}; fetch it again"
-        ) from error
-    for name, dtype in dtypes.items():
-        if dtype not in _DTYPES:
-            raise CheckpointError(f"{file}: tensor {name} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
-    return shapes
-
-
-def _read(file: Path, name: str) -> np.ndarray:
-    import ml_dtypes  # noqa: F401  (numpy learns bfloat16, which safetensors hands out)
-
-    with safetensors.safe_open(str(file), framework="numpy") as tensors:
-        values = np.asarray(tensors.get_tensor(name)).astype(np.float32)
-    return values.reshape(flat_shape(values.shape))
-
-
 def _chat_template(path: Path) -> str | None:
-    template = _text(path / "chat_template.jinja")
+    template = read_text(path / "chat_template.jinja")
     if template is not None:
         return template
     file = path / "tokenizer_config.json"
@@ -128,12 +146,21 @@ def _json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} must hold a JSON object")
     return value
 
 
-def _text(file: Path) -> str | None:
-    return file.read_text(encoding="utf-8") if file.exists() else None
+def read_text(file: Path) -> str | None:
+    """A text that may be absent. Raises CheckpointError for one that cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8") if file.exists() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

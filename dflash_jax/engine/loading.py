@@ -79,13 +79,18 @@ def _load_drafter(path: str | Path, target: ModelConfig, profile: Profile) -> Dr
         raise checkpoints.CheckpointError(f"{path} is not a drafter: it holds a {config.family} model")
     for name, ours, theirs in (
         ("hidden size", config.hidden_size, target.hidden_size),
-        ("number of target layers", config.num_target_layers, target.num_layers),
+        ("number of target layers", config.num_target_layers or target.num_layers, target.num_layers),
         ("vocabulary", config.vocab_size, target.vocab_size),
     ):
         if ours != theirs:
             raise checkpoints.CheckpointError(
                 f"the drafter {path} was made for another target: its {name} is {ours}, the target's {theirs}"
             )
+    if max(config.target_layers) >= target.num_layers:
+        raise checkpoints.CheckpointError(
+            f"the drafter {path} was made for another target: it reads layer {max(config.target_layers)}, "
+            f"the target has {target.num_layers}"
+        )
     return Drafter(config, loaded.parameters, dtype=profile.dtype)
 
 

@@ -166,7 +166,8 @@ class DrafterConfig:
     """0-based; the feature of layer i is the residual stream after it."""
     windows: tuple[int | None, ...]
     causal: tuple[bool, ...]
-    num_target_layers: int
+    num_target_layers: int | None
+    """None where the source does not say."""
     vocab_size: int
 
     @property

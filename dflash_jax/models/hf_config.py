@@ -324,28 +324,42 @@ def default_target_layers(num_target_layers: int, num_draft_layers: int) -> tupl
     )
 
 
-def drafter_from_hf(config: Mapping[str, Any]) -> DrafterConfig:
-    """Normalises the `config.json` of z-lab's DFlash checkpoints.
+def is_drafter(config: Fields) -> bool:
+    """Whether a config describes a drafter, in z-lab's or in the "speculators" spelling."""
+    return "dflash_config" in config or "speculators_model_type" in config
+
+
+def drafter_from_hf(config: Fields) -> DrafterConfig:
+    """Normalises the `config.json` of z-lab's DFlash checkpoints, and of those in the layout of "speculators".
 
     Raises ConfigError when a field is missing or names a variant that is not supported.
     """
+    if "speculators_model_type" in config:
+        config = _from_speculators(config)
     options = dict(config.get("dflash_config") or {})
-    unsupported = [
-        name
-        for name in ("projector_type", "conv_kernel_size", "selector_rank", "attention_sink_bias")
-        if options.get(name)
-    ]
+    unsupported = [name for name in _DRAFTER_VARIANTS if options.get(name)]
     if unsupported:
-        raise ConfigError(f"drafter variant with {', '.join(unsupported)} is not supported; supported: DFlash 1")
+        raise ConfigError(
+            f"drafter variant {_DRAFTER_VARIANTS[unsupported[0]]} ({', '.join(unsupported)}) is not supported; "
+            "supported: DFlash 1"
+        )
     where = "config.json of a drafter"
     hidden, heads = _count(config, "hidden_size", where), _count(config, "num_attention_heads", where)
-    count, num_target_layers = _count(config, "num_hidden_layers", where), _count(config, "num_target_layers", where)
+    count, target_layers = _count(config, "num_hidden_layers", where), options.get("target_layer_ids")
+    if not target_layers or config.get("num_target_layers") is not None:
+        _count(config, "num_target_layers", where)
     width, vocab_size = _count(config, "intermediate_size", where), _count(config, "vocab_size", where)
     mask_id = _count(options, "mask_token_id", f"dflash_config in {where}", least=0)
-    kinds = list(config.get("layer_types") or ["full_attention"] * count)
+    if mask_id >= vocab_size:
+        raise ConfigError(f"{where}: mask_token_id is {mask_id}, the vocabulary has {vocab_size}")
+    kinds = _kinds(config, where, ["full_attention"] * count)
     window = config.get("sliding_window") or options.get("swa_window_size")
     sliding = [kind == "sliding_attention" for kind in kinds]
     is_causal = config.get("is_causal", options.get("causal"))
+    num_target_layers = config.get("num_target_layers")
+    taken = tuple(int(id) for id in target_layers or default_target_layers(num_target_layers or 0, count))
+    if min(taken) < 0 or (num_target_layers is not None and max(taken) >= num_target_layers):
+        raise ConfigError(f"{where}: target_layer_ids {list(taken)} for a target of {num_target_layers} layers")
     return DrafterConfig(
         hidden_size=hidden,
         num_heads=heads,
@@ -356,9 +370,54 @@ def drafter_from_hf(config: Mapping[str, Any]) -> DrafterConfig:
         rope=_flat_rope(config, where),
         block_size=int(config.get("block_size") or options.get("block_size") or 16),
         mask_id=mask_id,
-        target_layers=tuple(options.get("target_layer_ids") or default_target_layers(num_target_layers, count)),
+        target_layers=taken,
         windows=tuple(int(window) if slides and window else None for slides in sliding),
         causal=tuple(slides if is_causal is None else bool(is_causal) for slides in sliding),
         num_target_layers=num_target_layers,
         vocab_size=vocab_size,
     )
+
+
+_DRAFTER_VARIANTS = {
+    "projector_type": "with a correction head",
+    "conv_kernel_size": "DFlash 2",
+    "selector_rank": "DFlash 2",
+    "attention_sink_bias": "with attention sinks",
+    "attention_value_scale": "with scaled values",
+    "draft_vocab_size": "with a vocabulary and an lm_head of its own",
+    "sample_from_anchor": "that samples from the anchor",
+    "target_hidden_size": "of another width than its target",
+}
+"""Options of drafters that are not plain DFlash, and what they mean."""
+
+
+def _from_speculators(config: Fields) -> Fields:
+    """z-lab's spelling of a config of the "speculators" library.
+
+    It counts layers by index into transformers' hidden states, one more than the layer that made them. With the
+    target's whole vocabulary, embedding and lm_head are the target's own; a reduced one comes with a head of its own.
+    """
+    kind = config["speculators_model_type"]
+    if kind != "dflash":
+        raise ConfigError(f"speculators_model_type {kind!r} is not supported; supported: dflash")
+    layers = config.get("transformer_layer_config")
+    if not isinstance(layers, Mapping):
+        raise ConfigError("config.json of a drafter: transformer_layer_config is missing")
+    ids = config.get("aux_hidden_state_layer_ids")
+    if not ids:
+        raise ConfigError("config.json of a drafter: aux_hidden_state_layer_ids is missing")
+    options: dict[str, Any] = {
+        "target_layer_ids": [int(id) - 1 for id in ids],
+        "mask_token_id": config.get("mask_token_id"),
+        "block_size": config.get("block_size", 8),
+        "sample_from_anchor": config.get("sample_from_anchor") or config.get("shift_label"),
+    }
+    if config.get("projector_type") != "dflash":
+        options["projector_type"] = config.get("projector_type")
+    if config.get("sliding_window_non_causal"):
+        options["causal"] = False
+    if config.get("draft_vocab_size") not in (None, layers.get("vocab_size")):
+        options["draft_vocab_size"] = config["draft_vocab_size"]
+    if config.get("target_hidden_size") not in (None, layers.get("hidden_size")):
+        options["target_hidden_size"] = config["target_hidden_size"]
+    return {**layers, "dflash_config": options}

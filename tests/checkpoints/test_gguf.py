@@ -157,6 +157,7 @@ def write(
     metadata: Mapping[str, Any] = METADATA,
     architecture: str = "llama",
     quantised: Mapping[str, gguf.GGMLQuantizationType] | None = None,
+    raw: Mapping[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
 ) -> Path:
     writer = gguf.GGUFWriter(str(file), architecture)
     for name, value in metadata.items():
@@ -169,7 +170,11 @@ def write(
             writer.add_array(key, value)
         else:
             writer.add_uint32(key, value)
+    for name, (content, kind) in (raw or {}).items():
+        writer.add_tensor(name, content, raw_dtype=kind)
     for name, values in tensors.items():
+        if name in (raw or {}):
+            continue
         kind = (quantised or {}).get(name)
         if kind is None:
             writer.add_tensor(name, values)
@@ -254,7 +259,7 @@ def test_not_a_gguf_file(tmp_path: Path, content: bytes) -> None:
 def test_unknown_architecture(tmp_path: Path) -> None:
     message = refusal(write(tmp_path / "a.gguf", small_tensors(), architecture="mamba"))
     assert "'mamba'" in message
-    assert "llama, qwen3" in message
+    assert "llama, qwen2, qwen3" in message
 
 
 def test_missing_tensor(tmp_path: Path) -> None:
