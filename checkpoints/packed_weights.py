@@ -53,7 +53,7 @@ def unpack(path: Path, stored: Stored, quantisation: Any) -> tuple[dict[str, Ten
     if not quantisation:
         return {name: _plain(name, tensor) for name, tensor in stored.items()}, []
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise CheckpointError(
             f"{path}: quantisation method {method!r} is not supported; supported: {', '.join(_METHODS)}, and GGUF files"
         )
@@ -66,7 +66,7 @@ def unpack(path: Path, stored: Stored, quantisation: Any) -> tuple[dict[str, Ten
             skipped.append(name)
         elif last == suffix or (last == "weight" and stored[name].dtype in _EIGHT_BITS):
             parts = _Parts(path, module, stored, used)
-            tensors[f"{module}.weight"] = build(parts, quantisation) if last == suffix else _eight_bits(parts)
+            tensors[f"{module}.weight"] = build(parts, quantisation) if last == suffix else _eight_bits(parts, quantisation)
     rest = set(stored) - used - set(skipped)
     tensors |= {name: _plain(name, stored[name]) for name in stored if name in rest}
     return tensors, skipped
@@ -173,19 +173,21 @@ def _pack_quantized(parts: _Parts, quantisation: Mapping[str, Any]) -> Tensor:
     return Tensor(words.name, (rows, columns), read)
 
 
-def _eight_bits(parts: _Parts) -> Tensor:
+def _eight_bits(parts: _Parts, quantisation: Mapping[str, Any]) -> Tensor:
     weight, scales, zeros = parts.need("weight", 2), parts.get("weight_scale"), parts.get("weight_zero_point")
     rows, columns = weight.shape
     if scales is None:
         raise parts.error(f"tensor {parts.module}.weight_scale is missing")
-    grid = (1, 1, *scales.shape)[-2:] if len(scales.shape) < 2 else scales.shape
-    if len(scales.shape) == 1 and scales.shape[0] == rows:
-        grid = (rows, 1)
-    if len(grid) != 2 or not all(grid) or zeros is not None and zeros.shape != scales.shape:
-        raise parts.error(f"tensor {scales.name} has shape {list(scales.shape)}")
-    height, width = -(-rows // grid[0]), -(-columns // grid[1])
-    if (-(-rows // height), -(-columns // width)) != grid:
-        raise parts.error(f"tensor {scales.name} has shape {list(scales.shape)}")
+    if scales.shape in ((), (1,), (1, 1)):
+        grid, height, width = (1, 1), rows, columns
+    elif scales.shape in ((rows,), (rows, 1)):
+        grid, height, width = (rows, 1), 1, columns
+    else:
+        height, width = _block_structure(quantisation)
+        grid = (-(-rows // height), -(-columns // width))
+        parts.fit(scales, *grid)
+    if zeros is not None:
+        parts.fit(zeros, *scales.shape)
 
     def spread(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
         blocks = np.asarray(tensor.read()).astype(np.float32).reshape(grid)[np.arange(start, stop) // height]
@@ -199,6 +201,14 @@ def _eight_bits(parts: _Parts) -> Tensor:
         return values
 
     return Tensor(weight.name, (rows, columns), read)
+
+
+def _block_structure(quantisation: Mapping[str, Any]) -> tuple[int, int]:
+    for group in (quantisation.get("config_groups") or {}).values():
+        if blocks := group["weights"].get("block_structure"):
+            height, width = blocks
+            return max(1, int(height)), max(1, int(width))
+    return 128, 128
 
 
 def _unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
@@ -267,7 +277,7 @@ def _check_compressed(path: Path, quantisation: Mapping[str, Any]) -> None:
 
 
 _Build = Callable[[_Parts, Mapping[str, Any]], Tensor]
-_METHODS: dict[Any, tuple[str, Callable[[Path, Mapping[str, Any]], None], _Build]] = {
+_METHODS: dict[str, tuple[str, Callable[[Path, Mapping[str, Any]], None], _Build]] = {
     "gptq": ("qweight", _check_gptq, _gptq),
     "awq": ("qweight", _check_awq, _awq),
     "compressed-tensors": ("weight_packed", _check_compressed, _pack_quantized),
