@@ -277,18 +277,21 @@ def _with_llama3_rope(config: ModelConfig, tensor: GgufTensor, file: GgufFile) -
     that and 1.
     """
     layer, divisors = config.layers[0], tensor.rows(0, tensor.shape[0])
+    unknown = CheckpointError(
+        f"{file.path}: tensor rope_freqs.weight is not llama3 scaling: convert the Hugging Face folder"
+    )
+    if divisors.shape != (layer.head_dim // 2,):
+        raise unknown
     plain = np.asarray(layer.rope.inverse_frequencies(layer.head_dim))
     rope = dataclasses.replace(layer.rope, llama3_factor=float(divisors.max()))
     low, high = rope.llama3_low_freq_factor, rope.llama3_high_freq_factor
     blended = np.flatnonzero((divisors > 1 + 1e-4) & (divisors < divisors.max() * (1 - 1e-4)))
-    if divisors.shape == plain.shape and len(blended):
+    if len(blended):
         pair, least = blended[0], 1 / float(divisors.max())
         blend = (1 / float(divisors[pair]) - least) / (1 - least)
         context = (blend * (high - low) + low) * 2 * np.pi / plain[pair]
         rope = dataclasses.replace(rope, llama3_original_context=round(float(context)))
     scaled = np.asarray(rope.inverse_frequencies(layer.head_dim))
-    if divisors.shape != plain.shape or not np.allclose(plain / scaled, divisors, rtol=1e-3):
-        raise CheckpointError(
-            f"{file.path}: tensor rope_freqs.weight is not llama3 scaling: convert the Hugging Face folder"
-        )
+    if not np.allclose(plain / scaled, divisors, rtol=1e-3):
+        raise unknown
     return dataclasses.replace(config, layers=(dataclasses.replace(layer, rope=rope),) * config.num_layers)

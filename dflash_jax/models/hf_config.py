@@ -48,6 +48,8 @@ _GEMMA4_STOPS = (1, 106, 50)
 _MISTRAL_WINDOW = 4096
 """What transformers takes for a Mistral config without the field; one with null has full attention."""
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
+_MOST_LAYERS = 10_000
+"""A count beyond this is a mistake, and lists of its length would take all memory."""
 _PATTERN = 6
 """Every so many layers of a Gemma is a full one, unless its config says otherwise."""
 
@@ -89,7 +91,7 @@ def _qwen3(fields: Fields, where: str) -> ModelConfig:
 
 def _qwen_layers(fields: Fields, where: str) -> list[LayerConfig]:
     """A window on the layers from `max_window_layers` on, if windows are switched on at all."""
-    layer, count = _layer(fields, where), _count(fields, "num_hidden_layers", where)
+    layer, count = _layer(fields, where), _layer_count(fields, where)
     if not fields.get("use_sliding_window") or not fields.get("sliding_window"):
         return [layer]
     first = int(fields.get("max_window_layers", 28))
@@ -118,7 +120,7 @@ def _gemma4(fields: Fields, where: str) -> ModelConfig:
     fields = {**_GEMMA4_DEFAULTS, **fields}
     if fields.get("use_bidirectional_attention") == "all":
         raise ConfigError(f"{where}: use_bidirectional_attention 'all' is not supported: this engine generates text")
-    count = _count(fields, "num_hidden_layers", where)
+    count = _layer_count(fields, where)
     kinds = _kinds(fields, where, _pattern(fields, where))
     kinds[-1] = "full_attention"
     shared = _optional_count(fields, "num_kv_shared_layers", where, 0, least=0)
@@ -219,7 +221,7 @@ def _layer(fields: Fields, where: str, rope: RopeConfig | None = None) -> LayerC
 
 def _model(family: str, fields: Fields, where: str, layers: list[LayerConfig], **switches: Any) -> ModelConfig:
     """The record of a model; one layer stands for all."""
-    count = _count(fields, "num_hidden_layers", where)
+    count = _layer_count(fields, where)
     activation = fields.get("hidden_activation") or fields.get("hidden_act") or "silu"
     expected = switches.get("activation", "silu")
     if _ACTIVATIONS.get(activation) != expected:
@@ -244,7 +246,7 @@ def _model(family: str, fields: Fields, where: str, layers: list[LayerConfig], *
 def _kinds(fields: Fields, where: str, default: list[str]) -> list[str]:
     """The kind of every layer."""
     kinds = list(fields.get("layer_types") or default)
-    count = _count(fields, "num_hidden_layers", where)
+    count = _layer_count(fields, where)
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ConfigError(f"{where}: layer type {unknown[0]!r} is not supported")
@@ -254,7 +256,7 @@ def _kinds(fields: Fields, where: str, default: list[str]) -> list[str]:
 
 
 def _pattern(fields: Fields, where: str) -> list[str]:
-    count = _count(fields, "num_hidden_layers", where)
+    count = _layer_count(fields, where)
     every = _optional_count(fields, "sliding_window_pattern", where, _PATTERN)
     return ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(count)]
 
@@ -271,6 +273,13 @@ def _count(fields: Fields, name: str, where: str, least: int = 1) -> int:
         given = "missing" if value is None else repr(value)
         raise ConfigError(f"{where}: {name} is {given}, expected a whole number of at least {least}")
     return value
+
+
+def _layer_count(fields: Fields, where: str) -> int:
+    count = _count(fields, "num_hidden_layers", where)
+    if count > _MOST_LAYERS:
+        raise ConfigError(f"{where}: num_hidden_layers is {count}, at most {_MOST_LAYERS} are supported")
+    return count
 
 
 def _optional_count(fields: Fields, name: str, where: str, default: int, least: int = 1) -> int:
@@ -345,7 +354,7 @@ def drafter_from_hf(config: Fields) -> DrafterConfig:
         )
     where = "config.json of a drafter"
     hidden, heads = _count(config, "hidden_size", where), _count(config, "num_attention_heads", where)
-    count, target_layers = _count(config, "num_hidden_layers", where), options.get("target_layer_ids")
+    count, target_layers = _layer_count(config, where), options.get("target_layer_ids")
     if not target_layers or config.get("num_target_layers") is not None:
         _count(config, "num_target_layers", where)
     width, vocab_size = _count(config, "intermediate_size", where), _count(config, "vocab_size", where)

@@ -214,7 +214,7 @@ def test_what_nobody_reads_is_listed(goldens: Path, tmp_path: Path) -> None:
         ("gptq", {"quant_method": ["gptq"]}, "is not supported"),
         ("gptq", {"bits": 3}, "GPTQ with 3 bits is not supported; supported: 4, 8"),
         ("gptq", {"bits": 8}, "do not belong together"),
-        ("awq", {"group_size": 16}, "has 4 groups for 32 inputs in groups of 16"),
+        ("awq", {"group_size": 16}, "has 7 groups for 56 inputs in groups of 16"),
         ("gptq", {"checkpoint_format": "marlin"}, "'marlin' is not supported; supported: gptq, gptq_v2"),
         ("awq", {"version": "gemv"}, "AWQ 'gemv' with 4 bits is not supported"),
         ("compressed_symmetric", {"format": "marlin-24"}, "'marlin-24' is not supported; supported: pack-quantized"),
