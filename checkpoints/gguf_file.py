@@ -7,6 +7,7 @@ it knows the quantised blocks, which it decodes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import mmap
 import struct
@@ -142,7 +143,7 @@ class _Header:
         for _, end, name in spans:
             if end > self.size:
                 _refuse(self.path, f"tensor {name!r} ends at byte {end} of {self.size}")
-        for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+        for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
             if begin < end:
                 _refuse(self.path, f"tensors {first!r} and {second!r} overlap")
         if len({name for _, _, name in spans}) < len(spans):

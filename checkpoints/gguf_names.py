@@ -44,7 +44,9 @@ _GEMMA4_LAYER = {
 _DRAFTER_TOP = {
     "output_norm.weight": "final_norm",
     **dict.fromkeys(("fc.weight", "dflash.fc.weight", "dflash_fc.weight"), "feature_projection"),
-    **dict.fromkeys(("enc.output_norm.weight", "dflash.hidden_norm.weight", "dflash_hidden_norm.weight"), "feature_norm"),
+    **dict.fromkeys(
+        ("enc.output_norm.weight", "dflash.hidden_norm.weight", "dflash_hidden_norm.weight"), "feature_norm"
+    ),
 }
 _FORK_LAYER = {**_LAYER, "post_attention_norm.weight": "mlp_norm"}
 

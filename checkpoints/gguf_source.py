@@ -13,7 +13,7 @@ from checkpoints.gguf_names import ARCHITECTURES, INTERLEAVED, canonical_name
 from checkpoints.gguf_tokenizer import tokenizer_json
 from checkpoints.hf_names import is_copy, variant_of
 from checkpoints.readers import CheckedReader, Rows, flat_rows, flat_shape
-from checkpoints.source import Reader, Source, family
+from checkpoints.source import Reader, Source
 from dflash_jax.models.config import ConfigError, DrafterConfig, ModelConfig
 
 _COPIES_IN_DRAFTERS = ("token_embd.weight", "output.weight")

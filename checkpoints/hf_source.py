@@ -24,16 +24,16 @@ def read_folder(path: Path) -> Source:
     config = _config(path, described)
     tensors, skipped = _tensors(path, described)
     readers: dict[str, Reader] = {}
-    shapes, origin = {}, {}
+    shapes, origin, table = {}, {}, parameter_table(config)
     for name, tensor in tensors.items():
         if is_skipped(name, config):
             skipped.append(tensor.origin)
             continue
         own = canonical_name(name, config)
-        if own is None or (own.endswith("_bias") and own not in parameter_table(config)):
-            if name.endswith(".bias") and _is_zero(tensor):  # GPTQ writes one beside every matrix
-                skipped.append(tensor.origin)
-                continue
+        homeless = own is None or (own.endswith("_bias") and own not in table)
+        if homeless and name.endswith(".bias") and _is_zero(tensor):  # GPTQ writes one beside every matrix
+            skipped.append(tensor.origin)
+            continue
         if own is None:
             raise CheckpointError(
                 f"{path}: tensor {tensor.origin} is unknown in a {family(config)} model{variant_of(name, config)}"

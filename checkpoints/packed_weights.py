@@ -66,7 +66,9 @@ def unpack(path: Path, stored: Stored, quantisation: Any) -> tuple[dict[str, Ten
             skipped.append(name)
         elif last == suffix or (last == "weight" and stored[name].dtype in _EIGHT_BITS):
             parts = _Parts(path, module, stored, used)
-            tensors[f"{module}.weight"] = build(parts, quantisation) if last == suffix else _eight_bits(parts, quantisation)
+            tensors[f"{module}.weight"] = (
+                build(parts, quantisation) if last == suffix else _eight_bits(parts, quantisation)
+            )
     rest = set(stored) - used - set(skipped)
     tensors |= {name: _plain(name, stored[name]) for name in stored if name in rest}
     return tensors, skipped
@@ -221,13 +223,11 @@ def _unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
     return values
 
 
-def _group_of(
-    parts: _Parts, index: StoredTensor | None, columns: int, groups: int, group_size: int
-) -> np.ndarray:
+def _group_of(parts: _Parts, index: StoredTensor | None, columns: int, groups: int, group_size: int) -> np.ndarray:
     """The group of every column: listed (act-order), or runs of one size."""
     if index is not None and index.shape == (columns,):
         found = np.asarray(index.read()).astype(np.int64)
-        if not (0 <= found.min() and found.max() < groups) and found.min() != -1:
+        if found.min() < -1 or found.max() >= groups:
             raise parts.error(f"tensor {index.name} names group {found.max()} of {groups}")
         if found.min() >= 0:  # compressed-tensors fills an index that is not used with -1
             return found

@@ -7,10 +7,11 @@ The safetensors package hands numpy no 8-bit floats, so that files are read here
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -90,7 +91,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     spans = [_span(file, name, entry, size - 8 - length) for name, entry in header.items()]
     spans.sort()
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
             _refuse(file, f"tensors {first!r} and {second!r} overlap")
     return {
@@ -115,7 +116,7 @@ def _span(file: Path, name: str, entry: Any, available: int) -> tuple[int, int, 
     return begin, end, name
 
 
-def _is_counts(value: Any) -> bool:
+def _is_counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

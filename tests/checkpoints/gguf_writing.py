@@ -13,6 +13,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from checkpoints.hf_names import is_other_modality
+from checkpoints.readers import CheckedReader
+from checkpoints.source import Reader
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -22,6 +24,13 @@ ARCHITECTURES = {
     "gemma4": gguf.MODEL_ARCH.GEMMA4,
 }
 _OTHER_NAMES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+
+
+def checked(reader: Reader) -> CheckedReader:
+    """The reader of a source, of which some rows can be read alone."""
+    assert isinstance(reader, CheckedReader)
+    return reader
+
 
 Kind = Callable[[str, np.ndarray], gguf.GGMLQuantizationType]
 
@@ -75,7 +84,7 @@ def _add(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: Kind) -> 
 
 def _name(own: str, names: gguf.TensorNameMap) -> str:
     short = own.replace("model.language_model.", "model.").replace("language_model.model.", "model.")
-    prefix, _, last = short.partition(".layers.")
+    _, _, last = short.partition(".layers.")
     index, _, rest = last.partition(".")
     if rest in _OTHER_NAMES:
         return f"blk.{index}.{_OTHER_NAMES[rest]}"

@@ -16,7 +16,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.gguf_source import read_gguf
 from checkpoints.hf_source import read_folder
 from dflash_jax.models.config import LayerConfig, ModelConfig
-from tests.checkpoints.gguf_writing import write_gguf
+from tests.checkpoints.gguf_writing import checked, write_gguf
 
 MODELS = (
     *("llama_tied", "llama_rope_scaled", "qwen2", "qwen3", "qwen3_tied"),
@@ -66,7 +66,7 @@ def test_gate_and_up_of_experts_apart(goldens: Path, tmp_path: Path) -> None:
     reader = apart.readers["layers.1.experts.gate_up"]
     expected = together.readers["layers.1.experts.gate_up"]()
     np.testing.assert_array_equal(reader(), expected)
-    np.testing.assert_array_equal(reader.rows(7, 60), expected[7:60])  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(checked(reader).rows(7, 60), expected[7:60])
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gemma4_experts"])
@@ -74,7 +74,7 @@ def test_rows_alone_are_those_of_the_whole(goldens: Path, tmp_path: Path, name: 
     for tensor, reader in read_gguf(write(goldens, name, tmp_path / "model.gguf")).readers.items():
         whole = reader()
         for start, stop in [(0, 1), (len(whole) // 3, len(whole) // 2 + 1), (len(whole) - 1, len(whole))]:
-            np.testing.assert_array_equal(reader.rows(start, stop), whole[start:stop], err_msg=tensor)  # type: ignore[attr-defined]
+            np.testing.assert_array_equal(checked(reader).rows(start, stop), whole[start:stop], err_msg=tensor)
 
 
 def layers(path: Path) -> tuple[LayerConfig, ...]:
@@ -177,7 +177,7 @@ def test_blocks_of_every_type(tmp_path: Path, kind: gguf.GGMLQuantizationType) -
     expected = gguf.dequantize(content, kind)
     assert np.isfinite(expected).all() and expected.std() > 0
     np.testing.assert_array_equal(reader(), expected)
-    np.testing.assert_array_equal(reader.rows(3, 5), expected[3:5])  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(checked(reader).rows(3, 5), expected[3:5])
 
 
 @pytest.mark.parametrize("kind", [Q.F16, Q.BF16, Q.Q8_0], ids=lambda kind: kind.name)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import checkpoints
 import dflash_jax
 from checkpoints.errors import CheckpointError
 from checkpoints.hf_source import read_folder
+from tests.checkpoints.gguf_writing import checked
 
 GROUP = 8
 Tensors = dict[str, np.ndarray]
@@ -154,7 +156,10 @@ LAYOUTS = {
     "int8_channel": (INT, eight_bits(np.int8, "channel")),
     "fp8_channel": (FLOAT, eight_bits(ml_dtypes.float8_e4m3fn, "channel")),
     "fp8_tensor": (FLOAT, eight_bits(ml_dtypes.float8_e4m3fn, "tensor")),
-    "fp8_block": (compressed_config("float-quantized", strategy="block", block_structure=[8, 16]), eight_bits(ml_dtypes.float8_e4m3fn, "block")),
+    "fp8_block": (
+        compressed_config("float-quantized", strategy="block", block_structure=[8, 16]),
+        eight_bits(ml_dtypes.float8_e4m3fn, "block"),
+    ),
 }
 
 
@@ -184,14 +189,14 @@ def test_numbers_are_those_of_the_layout(goldens: Path, tmp_path: Path, layout: 
     for name, reader in plain.readers.items():
         found, expected = quant.readers[name](), reader()
         np.testing.assert_allclose(found, expected, rtol=3e-7, atol=1e-9, err_msg=name)
-        part = quant.readers[name].rows(3, 12)  # type: ignore[attr-defined]
+        part = checked(quant.readers[name]).rows(3, 12)
         np.testing.assert_array_equal(part, found[3:12], err_msg=name)
 
 
 @pytest.mark.parametrize("layout", ["gptq_act_order", "awq", "compressed_asymmetric"])
 def test_logits(goldens: Path, tmp_path: Path, layout: str) -> None:
     quant, plain = (dflash_jax.load_target(folder) for folder in write_pair(goldens, tmp_path, layout))
-    ids = np.arange(24).reshape(2, 12)
+    ids = jnp.arange(24).reshape(2, 12)
     np.testing.assert_allclose(quant.logits(ids), plain.logits(ids), atol=1e-4, rtol=1e-4)
 
 
