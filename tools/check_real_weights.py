@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 import torch
@@ -71,7 +72,7 @@ def _ours(model: Path, weights: str) -> Logits:
     loaded = checkpoints.load(model, weights=weights)
     if not isinstance(loaded.config, ModelConfig):
         raise SystemExit(f"{model} is no target")
-    target = Target(Decoder(loaded.config, loaded.parameters))
+    target = Target(Decoder(loaded.config, loaded.parameters, dtype=jnp.float32))
     return lambda ids: np.asarray(target.logits(ids[None])[0])
 
 

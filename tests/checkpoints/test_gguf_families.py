@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,7 +17,10 @@ from checkpoints.errors import CheckpointError
 from checkpoints.gguf_source import read_gguf
 from checkpoints.hf_source import read_folder
 from dflash_jax.models.config import LayerConfig, ModelConfig
+from pallas_kernels.quantised_matmul.api import W4, dequantise
 from tests.checkpoints.gguf_writing import checked, write_gguf
+from tests.checkpoints.test_gguf import METADATA, small_tensors
+from tests.checkpoints.test_gguf import write as write_small
 
 MODELS = (
     *("llama_tied", "llama_rope_scaled", "qwen2", "qwen3", "qwen3_tied"),
@@ -162,9 +166,6 @@ def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> n
     ids=lambda kind: kind.name,
 )
 def test_blocks_of_every_type(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
-    from tests.checkpoints.test_gguf import METADATA, small_tensors
-    from tests.checkpoints.test_gguf import write as write_small
-
     written = small_tensors()
     content = random_blocks(kind, 8, 256)
     writer_metadata = {**METADATA, "feed_forward_length": 256}
@@ -197,9 +198,6 @@ def test_types_of_real_files(goldens: Path, tmp_path: Path, kind: gguf.GGMLQuant
 
 @pytest.mark.parametrize(("kind", "name"), [(Q.TQ1_0, "TQ1_0"), (Q.I32, "I32"), (Q.IQ2_XXS, "IQ2_XXS")])
 def test_type_that_is_not_supported(tmp_path: Path, kind: gguf.GGMLQuantizationType, name: str) -> None:
-    from tests.checkpoints.test_gguf import small_tensors
-    from tests.checkpoints.test_gguf import write as write_small
-
     file = write_small(tmp_path / "a.gguf", small_tensors(), raw={"x.weight": (random_blocks(kind, 2, 256), kind)})
     with pytest.raises(CheckpointError, match=rf"'x\.weight' has type {name}, which is not supported; supported: F32"):
         read_gguf(file)
@@ -208,3 +206,21 @@ def test_type_that_is_not_supported(tmp_path: Path, kind: gguf.GGMLQuantizationT
 def test_describe(goldens: Path, tmp_path: Path) -> None:
     description = checkpoints.describe(write(goldens, "gemma4_experts", tmp_path / "model.gguf"))
     assert (description["family"], description["layers"]) == ("gemma4", 4)
+
+
+def test_q4_0_goes_into_w4_without_loss(tmp_path: Path) -> None:
+    """What was bfloat16 before, as weights of published models are, has scales that bfloat16 holds."""
+    weights = np.random.default_rng(1).normal(0, 0.02, (64, 256)).astype(ml_dtypes.bfloat16).astype(np.float32)
+    written = small_tensors()
+    for index in range(2):
+        for part in ("gate", "up"):
+            written[f"blk.{index}.ffn_{part}.weight"] = np.zeros((256, 8), np.float32)
+        written[f"blk.{index}.ffn_down.weight"] = np.zeros((8, 256), np.float32)
+    name, metadata = "blk.1.ffn_down.weight", {**METADATA, "feed_forward_length": 256}
+    blocks = gguf.quantize(weights[:8], Q.Q4_0)
+    loaded = checkpoints.load(
+        write_small(tmp_path / "a.gguf", written, metadata, raw={name: (blocks, Q.Q4_0)}), weights="w4"
+    )
+    weight = loaded.parameters["layers.1.mlp.down"]
+    assert isinstance(weight, W4)
+    np.testing.assert_array_equal(np.asarray(dequantise(weight, 256)), gguf.dequantize(blocks, Q.Q4_0))
