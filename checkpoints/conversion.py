@@ -184,11 +184,11 @@ def describe(path: Path) -> dict[str, Any]:
     if is_converted(path):
         facts, config = read_description(path)
         tokenizer, template = (path / "tokenizer.json").exists(), (path / "chat_template.jinja").exists()
-        kind, role, weights = "converted folder", facts["role"], facts["weights"]
+        kind, role, weights, skipped = "converted folder", facts["role"], facts["weights"], ()
     else:
         opened = _open(path)
         opened.check()
-        config = opened.config
+        config, skipped = opened.config, opened.skipped
         tokenizer, template = opened.tokenizer_json is not None, opened.chat_template is not None
         kind = "GGUF file" if path.is_file() else "Hugging Face folder"
         role, weights = ("drafter" if isinstance(config, DrafterConfig) else "target"), "as published"
@@ -204,6 +204,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": _bytes(path),
         "tokenizer": tokenizer,
         "chat_template": template,
+        "skipped": list(skipped),
         **what_fits(config),
         "config": {name: value for name, value in json.loads(config.to_json()).items() if name != "layers"},
         **_layers(config),

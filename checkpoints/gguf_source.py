@@ -30,6 +30,11 @@ def read_gguf(path: Path) -> Source:
         raise CheckpointError(
             f"{path}: architecture {architecture!r} is not supported; supported in GGUF: {', '.join(ARCHITECTURES)}"
         )
+    parts = file.fields.get("split.count")
+    if parts is not None and parts.contents() != 1:
+        raise CheckpointError(
+            f"{path} is one of {parts.contents()} parts of a model: join them with llama.cpp's llama-gguf-split --merge"
+        )
     try:
         config = read_config(file, architecture)
         tokenizer = tokenizer_json(file.fields, path) if "tokenizer.ggml.model" in file.fields else None

@@ -320,6 +320,10 @@ def _stats(stats: Stats) -> dict[str, Any]:
     return figures
 
 
+_LONG_LIST = 8
+"""A table shows so many entries of a list; --json shows all."""
+
+
 def _print_table(description: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -337,6 +341,8 @@ def _rows(description: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
             rows += _rows(value, f"{prefix}{name}.")
         elif "bytes" in f"{prefix}{name}" and isinstance(value, int) and value >= 1_000_000:
             rows.append((f"{prefix}{name}", f"{value:,} ({value / 1e9:.2f} GB)"))
+        elif isinstance(value, list) and len(value) > _LONG_LIST:
+            rows.append((f"{prefix}{name}", f"{len(value)}: {', '.join(map(str, value[:_LONG_LIST]))} ..."))
         else:
             rows.append((f"{prefix}{name}", str(value)))
     return rows

@@ -47,7 +47,11 @@ def main() -> None:
                 print(f"{name:20} largest difference {np.abs(found - expected['logits']).max():.1e}")
         for name in DRAFTERS:
             found, expected = checkpoints.load(_convert(name, Path(temporary))), checkpoints.load(GOLDENS / name)
-            names = [name for name, values in expected.parameters.items() if (values != found.parameters[name]).any()]
+            names = [
+                name
+                for name, values in expected.parameters.items()
+                if not np.array_equal(np.asarray(values), np.asarray(found.parameters[name]))
+            ]
             print(f"{name:20} {found.config}\n{'in its folder':20} {expected.config}\ndiffering tensors: {names}")
 
 

@@ -262,6 +262,15 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     assert "llama, qwen2, qwen3" in message
 
 
+def test_part_of_a_split_model(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert "is one of 3 parts of a model" in refusal(tmp_path / "a.gguf")
+
+
 def test_missing_tensor(tmp_path: Path) -> None:
     written = small_tensors()
     del written["blk.1.attn_v.weight"]

@@ -72,6 +72,7 @@ def test_rows_alone(goldens: Path) -> None:
 def test_other_modalities_are_listed(goldens: Path) -> None:
     skipped = read_folder(goldens / "gemma3_multimodal").skipped
     assert skipped and all("vision" in name or "multi_modal" in name for name in skipped)
+    assert checkpoints.describe(goldens / "gemma3_multimodal")["skipped"] == list(skipped)
 
 
 def test_missing_shard(folder: Path) -> None:
