@@ -139,7 +139,7 @@ LARGE_MATMUL = (
     MatmulCase("Gemma 4 31B local o", 16, 8192, 5376),
     MatmulCase("Gemma 4 31B global qk", 16, 5376, 18_432),
     MatmulCase("Gemma 4 31B global o", 16, 16_384, 5376),
-    MatmulCase("Gemma 4 31B head", 16, 5376, 262_144),
+    MatmulCase("Gemma 4 31B head, w8", 16, 5376, 262_144, weights="w8"),
     MatmulCase("Gemma 4 31B gate and up, groups of 128", 16, 5376, 43_008, group_size=128),
     MatmulCase("Gemma 4 31B gate and up, 32 rows", 32, 5376, 43_008),
     MatmulCase("Qwen3-8B gate and up", 16, 4096, 24_576),

@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints.formats import stored_format
 from dflash_jax.bench.report import BANDWIDTH, environment, write
 from dflash_jax.compress.score import early_exit
 from dflash_jax.console import progress_bar
@@ -29,7 +30,7 @@ from dflash_jax.models.decoder import Decoder
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.hf_config import from_hf
 from dflash_jax.models.parameters import Parameter, drafter_parameters, target_parameters
-from pallas_kernels.quantised_matmul.api import W4
+from pallas_kernels.quantised_matmul.api import W4, W8
 
 _GEMMA4 = {
     "model_type": "gemma4_text",
@@ -77,7 +78,8 @@ _DRAFTERS: dict[str, dict[str, Any]] = {
 }
 _DRAFTER_LAYERS, _DRAFTER_WINDOW = 5, 2048
 _ACCEPT_LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8)
-_NIBBLE_DEVIATION = 4.6
+_NIBBLE_DEVIATION, _BYTE_DEVIATION = 4.6, 74.0
+"""Standard deviations of random nibbles and bytes."""
 _STEPS = 16
 
 
@@ -87,11 +89,9 @@ def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> d
     profile = profile_for_device()
     with progress_bar() as progress:
         progress("random weights", 0, 0)
-        target = Decoder(config, _parameters(target_parameters(config), four_bits=True), dtype=profile.dtype)
+        target = Decoder(config, _parameters(target_parameters(config), "w4"), dtype=profile.dtype)
         drafter_config = _drafter_config(shape, config)
-        drafter = Drafter(
-            drafter_config, _parameters(drafter_parameters(drafter_config), four_bits=False), dtype=profile.dtype
-        )
+        drafter = Drafter(drafter_config, _parameters(drafter_parameters(drafter_config), "bf16"), dtype=profile.dtype)
         pages = -(-(max(contexts) + _STEPS * profile.block_rows * 8) // profile.page_size)
         programs = Programs(
             target, drafter, None, early_exit(config), profile=profile, num_pages=pages + 1, pages_per_sequence=pages
@@ -145,21 +145,27 @@ def _visit(programs: Programs, context: int, pages: int, *, draft: bool) -> tupl
     return best, tokens
 
 
-def _parameters(table: dict[str, Parameter], *, four_bits: bool) -> dict[str, Any]:
-    """Random parameters, made on the device: activations keep their size from layer to layer."""
+def _parameters(table: dict[str, Parameter], weights: str) -> dict[str, Any]:
+    """Random parameters in the formats of a conversion to `weights`, made on the device.
+
+    Activations keep their size from layer to layer.
+    """
     made: dict[str, Any] = {}
     for index, (name, parameter) in enumerate(table.items()):
-        key = jax.random.key(index)
-        if not parameter.matrix:
+        key, kind = jax.random.key(index), stored_format(name, parameter, weights)
+        if kind == "f32":
             made[name] = jnp.ones(parameter.shape, jnp.float32)
-        elif four_bits:
-            outputs, inputs = parameter.shape
+            continue
+        outputs, inputs = parameter.shape
+        if kind == "w4":
             words = jax.random.bits(key, (-(-inputs // 128) * 32, outputs), jnp.uint16).view(jnp.int16)
             scale = 1 / (_NIBBLE_DEVIATION * inputs**0.5)
             made[name] = W4(words, jnp.full((-(-inputs // 128) * 4, outputs), scale, jnp.bfloat16), 32)
+        elif kind == "w8":
+            values = jax.random.bits(key, parameter.shape, jnp.uint8).view(jnp.int8)
+            made[name] = W8(values, jnp.full(outputs, 1 / (_BYTE_DEVIATION * inputs**0.5), jnp.float32))
         else:
-            gain = parameter.shape[-1] ** -0.5
-            made[name] = jax.random.normal(key, parameter.shape, jnp.bfloat16) * jnp.bfloat16(gain)
+            made[name] = jax.random.normal(key, parameter.shape, jnp.bfloat16) * jnp.bfloat16(inputs**-0.5)
     return made
 
 
@@ -189,8 +195,8 @@ def _bytes(module: Any) -> int:
 
 
 def _head_bytes(config: ModelConfig) -> int:
-    """The target's head in 4 bits, which drafting reads once more."""
-    return int(config.vocab_size * config.hidden_size * (0.5 + 2 / 32))
+    """The target's head in 8 bits, which drafting reads once more."""
+    return config.vocab_size * config.hidden_size
 
 
 def _kv_bytes(config: ModelConfig, context: int, width: int) -> int:

@@ -192,6 +192,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, "slots rows"]) -> Float[Array, "slots rows dim"]:
         """Rows of the embedding table, scaled as the family wants it (the factor is rounded to the compute dtype)."""
         rows = quantised_matmul.take_rows(self.embedding.get_value(), tokens).astype(self.dtype)
+        rows = rows[..., : self.config.hidden_size]  # w4 pads its columns
         return rows * jnp.asarray(self.config.embedding_scale, self.dtype)
 
     def __call__(
