@@ -54,21 +54,26 @@ def main() -> None:
         ("token_scoring", token_scores, SMALL_SCORING, LARGE_SCORING),
         ("quantised_matmul", matmul, SMALL_MATMUL, LARGE_MATMUL),
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
+    report: dict[str, Any] = {**environment(), "command": " ".join(["python", *sys.argv]), "rows": rows}
     for name, function, small, big in operations:
         for case in [*small, *(big if large else ())]:
             rows.append(_check(name, function, case))
             print(json.dumps(rows[-1]), flush=True)
-    report: dict[str, Any] = {**environment(), "command": " ".join(["python", *sys.argv]), "rows": rows}
+            _write(arguments.json, report)  # as it goes: a limit on the time of a run loses nothing
     if not arguments.no_model:
         from gpu_models import model_rows
 
         report["model"], report["model_rows"] = model_rows(arguments.model)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _write(arguments.json, report)
     wrong = [row for row in [*rows, *report.get("model_rows", ())] if not row["ok"]]
     print(f"{len(wrong)} of {len(rows) + len(report.get('model_rows', ()))} checks failed")
     sys.exit(1 if wrong else 0)
+
+
+def _write(file: Path | None, report: dict[str, Any]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _check(operation: str, function: Callable[..., Any], case: Any) -> dict[str, Any]:
