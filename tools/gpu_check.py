@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,9 @@ from pallas_kernels.cases import (
     SMALL_SCORING,
 )
 from pallas_kernels.quantised_matmul.api import matmul
+from pallas_kernels.timing import copies_of, seconds_per_call
 from pallas_kernels.token_scoring.api import token_scores
 
-_CACHE = 200_000_000
-"""Bytes that do not fit into any card's cache."""
 _ON_GPU = jax.default_backend() == "gpu"
 
 
@@ -87,43 +85,19 @@ def _check(operation: str, function: Callable[..., Any], case: Any) -> dict[str,
     scale = float(np.abs(expected).max())
     error = float(np.abs(actual - expected).max()) / scale
     limit = 2e-2 if case.dtype == "bfloat16" else 1e-4
+    first, *rest = positional
+    sets = copies_of(rest, case.bytes, most=4 if _ON_GPU else 1)
     bandwidth = BANDWIDTH.get(jax.devices()[0].device_kind)
     return {
         "operation": operation,
         "case": case.name,
         "relative_error": float(f"{error:.3g}"),
         "tolerance": limit,
-        "us": round(1e6 * _seconds(kernel, positional, case.bytes), 1),
-        "us_reference": round(1e6 * _seconds(reference, positional, case.bytes), 1),
+        "us": round(1e6 * seconds_per_call(kernel, first, sets), 1),
+        "us_reference": round(1e6 * seconds_per_call(reference, first, sets), 1),
         "floor_us": round(1e6 * case.bytes / bandwidth, 2) if bandwidth else None,
         "ok": bool(np.isfinite(actual).all() and error <= limit),
     }
-
-
-def _seconds(function: Callable[..., Any], positional: tuple[Any, ...], size: int, repeats: int = 10) -> float:
-    """Seconds per call inside one program, so that dispatch does not count; each call waits for the one before.
-
-    Small arguments are copied a few times, so that no call finds them in the cache from the call before.
-    """
-    first, *rest = positional
-    copies = [rest, *(jax.tree.map(jnp.copy, rest) for _ in range(min(3, _CACHE // max(size, 1)) if _ON_GPU else 0))]
-
-    @jax.jit
-    def many(first: jax.Array, copies: Any) -> jax.Array:
-        def again(_: int, x: jax.Array) -> jax.Array:
-            for others in copies:
-                x = x + (jnp.mean(function(x, *others)) * 1e-30).astype(x.dtype)
-            return x
-
-        return jax.lax.fori_loop(0, repeats, again, first)
-
-    jax.block_until_ready(many(first, copies))
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        jax.block_until_ready(many(first, copies))
-        best = min(best, time.perf_counter() - started)
-    return best / repeats / len(copies)
 
 
 if __name__ == "__main__":

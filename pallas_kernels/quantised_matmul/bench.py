@@ -6,6 +6,7 @@ python -m pallas_kernels.quantised_matmul.bench [--seconds 120]
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -20,8 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels.cases import LARGE_MATMUL, MatmulCase
 from pallas_kernels.quantised_matmul import triton
 from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8
-
-_CACHE = 200_000_000
+from pallas_kernels.timing import copies_of, seconds_per_call
 
 
 def main() -> None:
@@ -47,13 +47,13 @@ def tune(case: MatmulCase, end: float) -> dict[str, Any] | None:
     """The fastest config of a case, with its key; prints every time beside the first one's."""
     x, weight = random(case)
     blocks = -(-case.inputs // BLOCK)
-    copies = [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(min(7, _CACHE // case.bytes)))]
+    sets = [(each,) for each in copies_of(weight, case.bytes, most=8)]
     times: list[tuple[float, triton.Config]] = []
     for config in configs(case.outputs, blocks):
         if times and time.perf_counter() > end:
             break
         try:
-            times.append((seconds(x, copies, config), config))
+            times.append((seconds_per_call(functools.partial(triton.matmul, config=config), x, sets), config))
         except Exception as error:  # shapes that the compiler refuses
             print(case.name, config, str(error).splitlines()[0][:100], flush=True)
     if not times:
@@ -90,27 +90,6 @@ def configs(outputs: int, blocks: int) -> Iterator[triton.Config]:
                 options.append((waves + (tile != 128) + (warps != 4) + (stages != 4), tile, splits, warps, stages))
     for _, tile, splits, warps, stages in sorted(options):
         yield triton.Config(tile, splits, warps, stages)
-
-
-def seconds(x: jax.Array, copies: list[W4 | W8], config: triton.Config, repeats: int = 10) -> float:
-    """Seconds of a call in a chain over weights that do not fit into the cache together."""
-
-    @jax.jit
-    def many(x: jax.Array, copies: list[W4 | W8]) -> jax.Array:
-        def again(_: int, x: jax.Array) -> jax.Array:
-            for weight in copies:
-                x = x + (triton.matmul(x, weight, config=config)[:, :1] * 1e-9).astype(x.dtype)
-            return x
-
-        return jax.lax.fori_loop(0, repeats, again, x)
-
-    jax.block_until_ready(many(x, copies))
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        jax.block_until_ready(many(x, copies))
-        best = min(best, time.perf_counter() - started)
-    return best / repeats / len(copies)
 
 
 if __name__ == "__main__":
