@@ -50,7 +50,7 @@ def _is_ready(out: Path) -> bool:
         read_description(out)
     except ValueError:  # not there yet, or damaged
         return False
-    return True
+    return (out / "weights").is_dir()
 
 
 @contextlib.contextmanager

@@ -34,6 +34,12 @@ class Session:
     busy: bool = False
     last_used: int = 0
 
+    @property
+    def whole_prefix(self) -> int:
+        """How many leading tokens are all kept."""
+        dropped = np.flatnonzero(~self.kept)
+        return int(dropped[0]) if len(dropped) else len(self.kept)
+
     def common_prefix(self, ids: np.ndarray) -> int:
         """How many leading tokens the session shares with a prompt."""
         overlap = min(len(ids), len(self.ids))
@@ -64,7 +70,9 @@ class SessionStore:
         The prompt's last token always counts as undecided: it is the anchor that the answer starts from.
 
         A conversation that goes on keeps its session. A prompt that shares only the beginning of one (the same system
-        prompt, a retried turn of a running conversation) gets a session of its own that shares the pages.
+        prompt, a retried turn of a running conversation) gets a session of its own that shares the pages; it asks
+        something else, so what was dropped for the other's question is undecided again, and all that comes after it.
+        Raises OutOfPagesError, and then nothing has changed.
         """
         found = self._find(ids, name)
         if found is None:
@@ -72,11 +80,19 @@ class SessionStore:
             self._sessions.append(session)
         else:
             session, known = found, min(found.common_prefix(ids), len(ids) - 1)
+            if known < session.prompt_length:
+                known = min(known, session.whole_prefix)
             if session.busy or known < session.prompt_length:
                 session = self._fork(session, name)
         session.busy = True
         session.last_used = next(self._clock)
-        self._truncate(session, known)
+        try:
+            self._truncate(session, known)
+        except OutOfPagesError:
+            session.busy = False
+            if session is not found:
+                self.forget(session)
+            raise
         return session, known
 
     def grow(self, session: Session, tokens: int) -> None:

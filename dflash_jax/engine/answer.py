@@ -57,7 +57,7 @@ class Shared:
     fixed_keep_ratio: float | None
     times: StepTimes
     scorer_busy: bool = False
-    """Whether an answer is using a scorer of its own pools, which hold one prompt."""
+    """Whether an answer is scoring its prompt: there is room for one at a time."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -141,23 +141,23 @@ class Answer:
         """Scores what is new in the prompt (all after the first `known` tokens) and returns which of it is kept."""
         shared, prompt = self._shared, self.job.prompt
         programs, store, page_size = shared.programs, shared.store, shared.store.page_size
-        while programs.has_own_scorer and shared.scorer_busy:
+        while shared.scorer_busy:
             yield
+        shared.scorer_busy = True
         started = time.perf_counter()
         readable = np.concatenate([session.kept, np.ones(len(mask), np.bool_)])
         ids, positions = prompt.token_ids[readable], rope_positions(readable, shared.positions)
         borrowed: list[int] = []
-        if programs.has_own_scorer:
-            shared.scorer_busy = True
-            start, table = 0, programs.page_table(range(1, programs.pages_per_sequence + 1))
-        else:
-            # The session's own KV is the beginning of what the scorer reads; the rest goes into borrowed pages.
-            start, full = session.length, session.length // page_size
-            borrowed = store.borrow(-(-(len(ids) + QUESTION_ROWS) // page_size) - full)
-            table = programs.page_table(session.pages[:full] + borrowed)
-            if start % page_size:
-                programs.copy_page(session.pages[full], borrowed[0])
         try:
+            if programs.has_own_scorer:
+                start, table = 0, programs.page_table(range(1, programs.pages_per_sequence + 1))
+            else:
+                # The session's own KV is the beginning of what the scorer reads; the rest goes into borrowed pages.
+                start, full = session.length, session.length // page_size
+                borrowed = store.borrow(-(-(len(ids) + QUESTION_ROWS) // page_size) - full)
+                table = programs.page_table(session.pages[:full] + borrowed)
+                if start % page_size:
+                    programs.copy_page(session.pages[full], borrowed[0])
             keys = programs.new_keys()
             for begin, end in chunks_of(len(ids) - start, programs.profile):
                 rows = slice(start + begin, start + end)

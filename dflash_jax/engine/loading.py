@@ -86,6 +86,11 @@ def _load_drafter(path: str | Path, target: ModelConfig, profile: Profile) -> Dr
             raise checkpoints.CheckpointError(
                 f"the drafter {path} was made for another target: its {name} is {ours}, the target's {theirs}"
             )
+    if config.mask_id >= target.vocab_size:
+        raise checkpoints.CheckpointError(
+            f"the drafter {path} was made for another target: its mask id {config.mask_id} is beyond the vocabulary of "
+            f"{target.vocab_size}"
+        )
     if max(config.target_layers) >= target.num_layers:
         raise checkpoints.CheckpointError(
             f"the drafter {path} was made for another target: it reads layer {max(config.target_layers)}, "

@@ -24,6 +24,7 @@ from dflash_jax.speculate.step import Networks, Pools, Slots
 
 Step = tuple[str, Callable[[], object]]
 _MOST = 2**31 - 1
+_LEAST_TEMPERATURE, _LEAST_TOP_P = 1e-4, 1e-6
 
 
 def put(value: Any) -> Any:
@@ -72,13 +73,14 @@ class Programs:
         self._num_pages, self._depth = num_pages, depth
         self._target_config, self._drafter_config = target.config, drafter.config if drafter else None
         self._scorer_config = scorer.config if scorer else None
+        self._block_rows = min(profile.block_rows, drafter.config.block_size) if drafter else profile.block_rows
         self._weights = (_Weights(target), _Weights(drafter))
         self._scorer_weights = _Weights(scorer if scorer is not None else target)
         page_size = profile.page_size
         self._prefill = self._compile(prefill, page_size=page_size)
         self._decode = {
             draft: self._compile(decode, draft=draft, rows=rows, capacity=profile.max_steps * rows, page_size=page_size)
-            for draft, rows in ((False, profile.plain_rows), (True, profile.block_rows))
+            for draft, rows in ((False, profile.plain_rows), (True, self._block_rows))
         }
         self._read = self._compile_scorer(read_chunk, donated=(1, 2), depth=depth, page_size=page_size)
         self._score = self._compile_scorer(score_tokens, donated=(1,), depth=depth, page_size=page_size)
@@ -266,7 +268,9 @@ def new_slots(
 def sampling_parameters(
     *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0
 ) -> SamplingParameters:
-    """The device form of one request's sampling fields."""
+    """The device form of one request's sampling fields. A temperature next to nothing is greedy: logits overflow."""
+    temperature = temperature if temperature >= _LEAST_TEMPERATURE else 0.0
+    top_p = max(top_p, _LEAST_TOP_P)
     fields = {
         "temperature": _one(temperature, np.float32),
         "top_k": _one(min(top_k, _MOST)),

@@ -24,12 +24,16 @@ class StepTimes:
     block: float
 
     def observe(self, *, drafted: bool, steps: int, seconds: float) -> StepTimes:
-        """Takes in one visit."""
+        """Takes in one visit.
+
+        One that was held up (a compilation, a busy machine) counts as twice the usual at most: while drafting pays,
+        plain steps are not measured again, and a single outlier must not make it pay for ever.
+        """
         if steps <= 0:
             return self
         name = "block" if drafted else "plain"
         old = getattr(self, name)
-        return dataclasses.replace(self, **{name: old + _WEIGHT * (seconds / steps - old)})
+        return dataclasses.replace(self, **{name: old + _WEIGHT * (min(seconds / steps, 2 * old) - old)})
 
 
 @dataclasses.dataclass(frozen=True)

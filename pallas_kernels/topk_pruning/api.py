@@ -20,9 +20,9 @@ def select_tokens(
 
     Every token that is not droppable stays. Of the droppable ones, whole chunks stay (token indices `chunk * c` up to
     `chunk * (c + 1)`, of which only the droppable tokens count), best first by the mean of their average-pooled score,
-    until the next chunk would bring the count above `budget`. Equal chunks go in order. A NaN among the scores keeps
-    everything: a broken scorer must not lose text. Pooling width and chunk length are those of Speculative Prefill
-    (arXiv 2502.02789).
+    until the next chunk would bring the count above `budget`; where not even the best one fits, its best tokens stay.
+    Equal chunks go in order. A NaN among the scores keeps everything: a broken scorer must not lose text. Pooling width
+    and chunk length are those of Speculative Prefill (arXiv 2502.02789).
     """
     return reference.select_tokens(scores, droppable, length, budget, chunk=chunk, smooth=smooth)
 

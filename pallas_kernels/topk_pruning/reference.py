@@ -30,8 +30,13 @@ def select_tokens(
     order = jnp.argsort(-means, stable=True)
     fits = jnp.cumsum(counts[order], dtype=jnp.int32) <= budget
     chosen = jnp.zeros(counts.shape, jnp.bool_).at[order].set(fits)
+    # Not even the best chunk fits: its best tokens are better than nothing.
+    best = candidate & (jnp.arange(size, dtype=jnp.int32) // chunk == order[0])
+    ranked = jnp.argsort(jnp.where(best, -smoothed, jnp.inf), stable=True)
+    rank = jnp.zeros(size, jnp.int32).at[ranked].set(jnp.arange(size, dtype=jnp.int32))
+    few = best & (rank < budget) & ~fits[0]
 
-    kept = inside & (~droppable | jnp.repeat(chosen, chunk)[:size])
+    kept = inside & (~droppable | jnp.repeat(chosen, chunk)[:size] | few)
     broken = jnp.any(jnp.isnan(scores) & inside)
     return jnp.where(broken, inside, kept)
 

@@ -90,6 +90,33 @@ def test_a_prompt_with_the_same_beginning_forks_and_disturbs_nobody() -> None:
     assert device.held(second) == [*range(6), 90, 91, 92]
 
 
+def test_another_question_about_the_same_document_decides_anew_what_was_dropped() -> None:
+    device = Device()
+    document = list(range(20))
+    first, _ = device.turn([*document, 90], drop=frozenset(range(10, 15)))
+    device.store.end(first)
+    other, known = device.turn([*document, 91])
+    assert other is not first
+    assert known == 10  # up to the first token that the other question did without
+    assert device.held(other) == [*document, 91]
+    device.store.end(other)
+    again, known = device.turn([*document, 90, 92])
+    assert again is first and known == 21  # a conversation that goes on keeps what was decided
+    assert device.held(again) == [*range(10), *range(15, 20), 90, 92]
+
+
+def test_no_page_left_for_a_fork_changes_nothing() -> None:
+    device = Device(num_pages=4)  # page 0 and three for the running answer
+    first, _ = device.turn(list(range(12)))
+    with pytest.raises(OutOfPagesError):
+        device.store.begin(np.asarray([*range(6), 50], np.int32))
+    assert len(device.store) == 1
+    assert device.held(first) == list(range(12))
+    device.store.end(first)
+    forked, known = device.turn([*range(6), 50])
+    assert known == 6 or forked.length == 7
+
+
 def test_a_running_session_is_forked_not_taken() -> None:
     device = Device()
     running, _ = device.turn(list(range(6)))

@@ -47,3 +47,12 @@ def test_times_follow_what_is_measured() -> None:
     assert abs(times.plain - 0.05) < 1e-4
     assert times.block == TIMES.block
     assert times.observe(drafted=True, steps=0, seconds=1.0) == times
+
+
+def test_one_visit_that_was_held_up_does_not_make_a_bad_drafter_pay() -> None:
+    times = TIMES.observe(drafted=False, steps=1, seconds=100 * TIMES.block)
+    assert times.plain <= 1.2 * TIMES.plain
+    pace = Pace()
+    for _ in range(10):
+        pace = pace.observe(times, drafted=True, steps=1, committed=1)
+    assert not pace.drafts(times)
