@@ -15,7 +15,7 @@ from dflash_jax.engine import self_check
 from dflash_jax.engine.engine import Engine
 from dflash_jax.engine.programs import Programs
 from dflash_jax.engine.request import Event, Finished, OverloadedError, Request, RequestError, Sampling, TextDelta
-from tests.tiny import ScriptedDrafter, tiny_drafter, tiny_model
+from tests.tiny import DRAFTER, ScriptedDrafter, tiny_drafter, tiny_model
 
 CHAT = [{"role": "user", "content": "Say something."}]
 LONG = "".join(f"Line {n} of the document says {n * 7919 % 1000}.\n" for n in range(9))
@@ -76,6 +76,29 @@ def test_same_tokens_without_drafter_with_random_drafter_and_with_oracle(make: C
     assert oracle.token_ids == plain.token_ids
     assert oracle.stats.dflash is not None
     assert oracle.stats.dflash.verify_steps == 3
+
+
+def test_a_drafter_of_shorter_blocks(make: Callable[..., Engine]) -> None:
+    plain = make(tiny_model(), dflash="off", pflash="off").generate(CHAT, max_tokens=30, ignore_eos=True)
+    drafter = tiny_drafter(config=dataclasses.replace(DRAFTER, block_size=8))
+    short = make(tiny_model(drafter), dflash="on", pflash="off").generate(CHAT, max_tokens=30, ignore_eos=True)
+    assert short.token_ids == plain.token_ids
+    assert short.stats.dflash is not None
+
+
+def test_prompts_scored_side_by_side_share_the_room_for_it(make: Callable[..., Engine]) -> None:
+    engine = make(tiny_model(context_length=460), context_length=460, max_sessions=6, pflash="on", keep_ratio=0.5)
+    collectors = [Collector() for _ in range(6)]
+    for number, collector in enumerate(collectors):
+        chat = [{"role": "user", "content": f"{number} {LONG}"}, {"role": "assistant", "content": "Yes."}, *CHAT]
+        engine.submit(Request(messages=chat, sampling=Sampling(max_tokens=8, ignore_eos=True)), collector)
+    assert {collector.finish().reason for collector in collectors} == {"length"}
+
+
+def test_a_temperature_next_to_nothing_is_greedy(engine: Engine) -> None:
+    asked = {"max_tokens": 12, "ignore_eos": True}
+    greedy = engine.generate(CHAT, **asked).token_ids
+    assert engine.generate(CHAT, temperature=2e-38, top_p=1e-40, **asked).token_ids == greedy
 
 
 def test_self_check_warns_of_a_drafter_that_is_never_right(make: Callable[..., Engine]) -> None:
