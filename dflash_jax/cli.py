@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path)
 _INPUT_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+"""How XLA begins its message."""
 _SWITCH = click.Choice(["auto", "on", "off"])
 
 
@@ -44,6 +46,8 @@ class _Commands(click.Group):
 
 
 def _is_expected(error: Exception) -> bool:
+    if isinstance(error, UnicodeError) or _OUT_OF_MEMORY in str(error):
+        return True
     if isinstance(error, OSError):
         return error.errno != errno.EPIPE  # click itself ends quietly when the reader of a pipe has gone
     from dflash_jax.engine.request import OverloadedError, RequestError
@@ -58,6 +62,10 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _line(error: Exception) -> str:
+    if _OUT_OF_MEMORY in str(error):
+        return "the device's memory is full: choose a smaller --context-length, fewer --max-sessions or smaller weights"
+    if isinstance(error, UnicodeError):
+        return f"not UTF-8 text: {error}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
@@ -139,6 +147,8 @@ def main() -> None:
 @click.option("--api-key", envvar="DFLASH_JAX_API_KEY", help="Key that clients must send [env: DFLASH_JAX_API_KEY].")
 def serve(model: Path | None, host: str, port: int, api_key: str | None, **options: Any) -> None:
     """Serve MODEL over HTTP to OpenAI's clients."""
+    if api_key is not None and not api_key.strip():
+        raise click.UsageError("the API key is empty: give one or leave --api-key and DFLASH_JAX_API_KEY out")
     from dflash_jax.server.serve import serve
 
     def load(progress: Progress) -> Any:

@@ -216,6 +216,26 @@ def test_what_a_user_got_wrong_is_one_line(engine, monkeypatch, error):
     assert "odd" in str(run("generate", "-p", "x").exception)
 
 
+def test_a_full_device_names_the_flags_that_help(engine, monkeypatch):
+    monkeypatch.setattr(engine, "load", _raising(RuntimeError("RESOURCE_EXHAUSTED: 90 GB\nlong story")))
+    result = run("generate", "m", "-p", "hi")
+    assert result.exit_code == 1
+    assert "--context-length" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_prompt_that_is_not_text(engine, tmp_path):
+    (tmp_path / "p").write_bytes(b"\x7fELF\xff\xfe")
+    result = run("generate", "-p", f"@{tmp_path / 'p'}")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: not UTF-8 text") and len(result.stderr.splitlines()) == 1
+
+
+def test_an_empty_api_key_is_no_key(engine):
+    result = run("serve", "--api-key", " ")
+    assert result.exit_code == 2
+    assert "the API key is empty" in result.stderr
+
+
 def test_a_bug_keeps_its_trace(engine, monkeypatch):
     monkeypatch.setattr(engine, "load", _raising(KeyError("bug")))
     assert isinstance(run("generate", "-p", "x").exception, KeyError)

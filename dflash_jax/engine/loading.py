@@ -69,7 +69,10 @@ def _template(source: str | None, tokenizer: Tokenizer | None, config: ModelConf
     eos = tokenizer.token(config.stop_ids[0]) if config.stop_ids else None
     if source is None:
         source = pinned_template(config.family)
-    return ChatTemplate(source, bos=bos, eos=eos)
+    try:
+        return ChatTemplate(source, bos=bos, eos=eos)
+    except ValueError as error:
+        raise checkpoints.CheckpointError(f"the model's {error}: put a right one into chat_template.jinja") from error
 
 
 def _load_drafter(path: str | Path, target: ModelConfig, profile: Profile) -> Drafter:
