@@ -70,8 +70,8 @@ class SessionStore:
         The prompt's last token always counts as undecided: it is the anchor that the answer starts from.
 
         A conversation that goes on keeps its session. A prompt that shares only the beginning of one (the same system
-        prompt, a retried turn of a running conversation) gets a session of its own that shares the pages; it asks
-        something else, so what was dropped for the other's question is undecided again, and all that comes after it.
+        prompt, a retried turn of a running conversation) gets a session of its own that shares the pages. If it asks
+        something else, what was dropped for the other's question is undecided again, and all that comes after it.
         Raises OutOfPagesError, and then nothing has changed.
         """
         found = self._find(ids, name)
@@ -79,9 +79,8 @@ class SessionStore:
             session, known = Session(name, self._new_controller()), 0
             self._sessions.append(session)
         else:
-            session, known = found, min(found.common_prefix(ids), len(ids) - 1)
-            if known < session.prompt_length:
-                known = min(known, session.whole_prefix)
+            session, shared = found, found.common_prefix(ids)
+            known = min(shared if shared >= found.prompt_length else min(shared, found.whole_prefix), len(ids) - 1)
             if session.busy or known < session.prompt_length:
                 session = self._fork(session, name)
         session.busy = True

@@ -100,6 +100,9 @@ def test_another_question_about_the_same_document_decides_anew_what_was_dropped(
     assert known == 10  # up to the first token that the other question did without
     assert device.held(other) == [*document, 91]
     device.store.end(other)
+    same, known = device.turn([*document, 90])
+    assert known == 20 and device.held(same) == [*range(10), *range(15, 20), 90]  # the same question once more
+    device.store.end(same)
     again, known = device.turn([*document, 90, 92])
     assert again is first and known == 21  # a conversation that goes on keeps what was decided
     assert device.held(again) == [*range(10), *range(15, 20), 90, 92]
