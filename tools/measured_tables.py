@@ -18,7 +18,7 @@ DEVICES = {"cpu": "2 CPU cores", "h100": "H100"}
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    tables = "\n".join([*prefill(), "", *decode()])
+    tables = "\n".join([*prefill(), "", *decode(), "", *steps()])
     marked = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
     readme.write_text(marked.sub(lambda found: f"{found[1]}\n{tables}\n\n{found[2]}", text), encoding="utf-8")
 
@@ -46,6 +46,21 @@ def decode() -> list[str]:
         lines.append(f"| {device}, {name}, plain | {report['total']['tok_s_plain']:.0f} |")
     other = json.loads((RESULTS / "cpu-smollm2-llama-cpp.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     lines.append(f"| {DEVICES['cpu']}, llama.cpp, the published Q4_1 file, same minutes | {other['total_tok_s']:.0f} |")
+    return lines
+
+
+def steps() -> list[str]:
+    lines = [
+        "| Gemma 4 31B's shape on an H100, random 4-bit weights | step of 16 rows | limit | draft and verify "
+        "| tokens/s if 4, 6, 8 are accepted |",
+        "|---|---|---|---|---|",
+    ]
+    for row in read("h100-gemma4-31b-step.json")["rows"]:
+        rates = ", ".join(f"{row['tok_s_at_accept_length'][length]:.0f}" for length in ("4", "6", "8"))
+        lines.append(
+            f"| {row['context']:,} tokens of context | {row['step_ms']:.1f} ms | {row['limit_ms']:.1f} ms "
+            f"| {row['block_ms']:.1f} ms | {rates} |"
+        )
     return lines
 
 
