@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the files in bench/results, so that no figure is typed by hand.
+"""Writes the tables of README.md and docs/kernels.md from the files in bench/results: no figure is typed by hand.
 
 python tools/measured_tables.py
 """
@@ -10,17 +10,23 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dflash_jax.bench.report import BANDWIDTH
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DEVICES = {"cpu": "2 CPU cores", "h100": "H100"}
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    tables = "\n".join([*prefill(), "", *decode(), "", *steps()])
+    fill(ROOT / "README.md", [*prefill(), "", *decode(), "", *steps()])
+    fill(ROOT / "docs" / "kernels.md", [*checks(), "", *matmuls(), "", *whole_steps()])
+
+
+def fill(file: Path, lines: list[str]) -> None:
+    """Puts the lines between a document's two marks."""
+    tables, text = "\n".join(lines), file.read_text(encoding="utf-8")
     marked = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
-    readme.write_text(marked.sub(lambda found: f"{found[1]}\n{tables}\n\n{found[2]}", text), encoding="utf-8")
+    file.write_text(marked.sub(lambda found: f"{found[1]}\n{tables}\n\n{found[2]}", text), encoding="utf-8")
 
 
 def prefill() -> list[str]:
@@ -61,6 +67,44 @@ def steps() -> list[str]:
             f"| {row['context']:,} tokens of context | {row['step_ms']:.1f} ms | {row['limit_ms']:.1f} ms "
             f"| {row['block_ms']:.1f} ms | {rates} |"
         )
+    return lines
+
+
+def checks() -> list[str]:
+    report = read("h100-gpu-check.json")
+    lines = ["| operation | case | error | time | XLA reference | floor |", "|---|---|---|---|---|---|"]
+    for row in report["rows"]:
+        if row["floor_us"] and row["floor_us"] > 1:
+            lines.append(
+                f"| `{row['operation']}` | {row['case']} | {row['relative_error']:.1e} | {row['us']:.0f} µs "
+                f"| {row['us_reference']:.0f} µs | {row['floor_us']:.1f} µs |"
+            )
+    return lines
+
+
+def matmuls() -> list[str]:
+    """The best configs of the sweep."""
+    lines = ["| 16 rows, w4 (best of the sweep) | time | floor | of the limit |", "|---|---|---|---|"]
+    for line in (RESULTS / "h100-w4-tune.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        floor = 1e6 * row["bytes"] / BANDWIDTH["NVIDIA H100 80GB HBM3"]
+        lines.append(f"| {row['case']} | {row['us']:.0f} µs | {floor:.1f} µs | {100 * floor / row['us']:.0f} % |")
+    return lines
+
+
+def whole_steps() -> list[str]:
+    lines = [
+        "| whole step, random w4 weights | context | step | limit | block (draft and verify) | tokens/s at τ 4, 6, 8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in sorted(RESULTS.glob("h100-*-step.json")):
+        report = read(file.name)
+        for row in report["rows"]:
+            rates = ", ".join(f"{row['tok_s_at_accept_length'][length]:.0f}" for length in ("4", "6", "8"))
+            lines.append(
+                f"| {report['model'].partition(',')[0]} | {row['context']:,} | {row['step_ms']:.1f} ms "
+                f"| {row['limit_ms']:.1f} ms | {row['block_ms']:.1f} ms | {rates} |"
+            )
     return lines
 
 

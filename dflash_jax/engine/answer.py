@@ -143,11 +143,11 @@ class Answer:
         programs, store, page_size = shared.programs, shared.store, shared.store.page_size
         while shared.scorer_busy:
             yield
-        shared.scorer_busy = True
         started = time.perf_counter()
         readable = np.concatenate([session.kept, np.ones(len(mask), np.bool_)])
         ids, positions = prompt.token_ids[readable], rope_positions(readable, shared.positions)
         borrowed: list[int] = []
+        shared.scorer_busy = True
         try:
             if programs.has_own_scorer:
                 start, table = 0, programs.page_table(range(1, programs.pages_per_sequence + 1))

@@ -191,9 +191,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "slots rows"]) -> Float[Array, "slots rows dim"]:
         """Rows of the embedding table, scaled as the family wants it (the factor is rounded to the compute dtype)."""
-        rows = quantised_matmul.take_rows(self.embedding.get_value(), tokens).astype(self.dtype)
-        rows = rows[..., : self.config.hidden_size]  # w4 pads its columns
-        return rows * jnp.asarray(self.config.embedding_scale, self.dtype)
+        rows = quantised_matmul.take_rows(self.embedding.get_value(), tokens, self.config.hidden_size)
+        return rows.astype(self.dtype) * jnp.asarray(self.config.embedding_scale, self.dtype)
 
     def __call__(
         self,

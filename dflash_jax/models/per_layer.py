@@ -28,8 +28,8 @@ class PerLayerEmbedding(nnx.Module):
     ) -> Float[Array, "slots rows layers width"]:
         shape = (*tokens.shape, -1, self.width)
         projected = self.projection(x) * jnp.asarray(self.projection_scale, x.dtype)
-        rows = quantised_matmul.take_rows(self.table.get_value(), tokens).astype(x.dtype)
-        rows = rows[..., : projected.shape[-1]] * jnp.asarray(self.width**0.5, x.dtype)
+        rows = quantised_matmul.take_rows(self.table.get_value(), tokens, projected.shape[-1])
+        rows = rows.astype(x.dtype) * jnp.asarray(self.width**0.5, x.dtype)
         mixed = self.norm(projected.reshape(shape)) + rows.reshape(shape)
         return mixed * jnp.asarray(2**-0.5, x.dtype)
 

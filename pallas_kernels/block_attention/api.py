@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention import reference, triton
+from pallas_kernels.paged import default_implementation
 
 IMPLEMENTATIONS = ("reference", "triton")
 
@@ -40,7 +40,7 @@ def block_attention(
             f"block_attention has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
         )
     if implementation is None:
-        implementation = _default(queries.shape[-1], page_size)
+        implementation = default_implementation(queries.shape[-1], page_size)
     chosen = triton if implementation == "triton" else reference
     return chosen.block_attention(
         queries,
@@ -64,9 +64,3 @@ def _check(queries: Array, key_pool: Array, value_pool: Array, page_size: int) -
             f"queries have {heads} heads of {head_dim}, pools {key_pool.shape} and {value_pool.shape}: "
             "expected equal pools [tokens, kv_heads, head_dim] with kv_heads dividing heads"
         )
-
-
-def _default(head_dim: int, page_size: int) -> str:
-    """Triton on a GPU for the sizes that it takes; the reference elsewhere."""
-    fits = not head_dim & (head_dim - 1) and not page_size & (page_size - 1) and min(head_dim, page_size) >= 16
-    return "triton" if jax.default_backend() == "gpu" and fits else "reference"

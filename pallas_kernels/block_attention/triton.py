@@ -21,6 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged import why_not
+
 _KEY_BLOCK = 64
 _TILE = 64
 """Query rows times heads of one program, at most; a power of two."""
@@ -51,9 +53,8 @@ def block_attention(
     batch, rows, heads, head_dim = queries.shape
     kv_heads = key_pool.shape[1]
     group = heads // kv_heads
-    for name, size in (("head_dim", head_dim), ("page_size", page_size)):
-        if size & (size - 1) or size < 16:
-            raise NotImplementedError(f"block_attention on Triton takes powers of two from 16 on, got {name} {size}")
+    if reason := why_not(head_dim, page_size):
+        raise NotImplementedError(f"block_attention on Triton {reason}")
     most = min(_TILE, max(_LEAST_TILE, _TILE_NUMBERS // head_dim))
     tile = min(most, max(_LEAST_TILE, pl.next_power_of_2(rows * group)))
     tiles = -(-rows * group // tile)

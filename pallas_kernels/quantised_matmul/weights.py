@@ -208,13 +208,13 @@ def dequantise(weight: Weight, in_features: int | None = None) -> Float[Array, "
     return weight.astype(jnp.float32)
 
 
-def take_rows(weight: Weight, ids: Int[Array, ...]) -> Float[Array, "... K"]:
-    """Rows of an embedding table, f32. Ids outside the table are clipped into it."""
+def take_rows(weight: Weight, ids: Int[Array, ...], in_features: int | None = None) -> Float[Array, "... K"]:
+    """Rows of an embedding table, f32. Ids outside the table are clipped into it; `in_features` as in `dequantise`."""
     if isinstance(weight, W4):
         flat = ids.reshape(-1)
         packed = jnp.take(weight.packed, flat, axis=1, mode="clip")
         scales = jnp.take(weight.scales, flat, axis=1, mode="clip")
-        return dequantise(W4(packed, scales, weight.group_size)).reshape(*ids.shape, -1)
+        return dequantise(W4(packed, scales, weight.group_size), in_features).reshape(*ids.shape, -1)
     if isinstance(weight, W8):
         values = jnp.take(weight.values, ids, axis=0, mode="clip").astype(jnp.float32)
         return values * jnp.take(weight.scales, ids, axis=0, mode="clip")[..., None]

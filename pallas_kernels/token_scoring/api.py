@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged import default_implementation
 from pallas_kernels.token_scoring import reference, triton
 
 IMPLEMENTATIONS = ("reference", "triton")
@@ -42,12 +42,6 @@ def token_scores(
             f"token_scores has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
         )
     if implementation is None:
-        implementation = _default(queries.shape[-1], page_size)
+        implementation = default_implementation(queries.shape[-1], page_size)
     chosen = triton if implementation == "triton" else reference
     return chosen.token_scores(queries, key_pool, page_table, length, page_size=page_size, scale=scale, reduce=reduce)
-
-
-def _default(head_dim: int, page_size: int) -> str:
-    """Triton on a GPU for the sizes that it takes; the reference elsewhere."""
-    fits = not head_dim & (head_dim - 1) and not page_size & (page_size - 1) and min(head_dim, page_size) >= 16
-    return "triton" if jax.default_backend() == "gpu" and fits else "reference"

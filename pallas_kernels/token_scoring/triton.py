@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged import why_not
+
 _LEAST_HEADS = 16
 """Tensor cores take 16 rows."""
 _LOWEST = -1e30
@@ -35,9 +37,8 @@ def token_scores(
     rows, heads, head_dim = queries.shape
     kv_heads, pages = key_pool.shape[1], page_table.shape[0]
     group = heads // kv_heads
-    for name, size in (("head_dim", head_dim), ("page_size", page_size)):
-        if size & (size - 1) or size < 16:
-            raise NotImplementedError(f"token_scores on Triton takes powers of two from 16 on, got {name} {size}")
+    if reason := why_not(head_dim, page_size):
+        raise NotImplementedError(f"token_scores on Triton {reason}")
     padded = max(_LEAST_HEADS, pl.next_power_of_2(group))
     grouped = queries.reshape(rows, kv_heads, group, head_dim).astype(key_pool.dtype)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
