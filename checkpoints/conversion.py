@@ -44,6 +44,8 @@ from pallas_kernels.quantised_matmul.api import Weight
 Progress = Callable[[str, int, int], None]
 """Called with a label, how much is done, and how much there is."""
 
+_ENCODING = "w4 scales in float16"
+"""Changes with the bytes that `encode` writes: an unfinished conversion of another version is not gone on with."""
 _SOURCE_SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
 
 
@@ -254,7 +256,8 @@ def _key(source: Source, facts: Mapping[str, Any], groups: Sequence[Group]) -> s
     path = source.path
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in _SOURCE_SUFFIXES)
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    everything = [FORMAT, stamps, source.config.to_json(), dict(facts), [group.to_json() for group in groups]]
+    parts = [group.to_json() for group in groups]
+    everything = [FORMAT, _ENCODING, stamps, source.config.to_json(), dict(facts), parts]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
 from checkpoints.errors import CheckpointError
+from checkpoints.readers import CheckpointWarning
 from dflash_jax.models.parameters import Parameter
 from pallas_kernels.quantised_matmul.api import W8, Weight, quantise_w4, quantise_w8
-from pallas_kernels.quantised_matmul.weights import BLOCK
+from pallas_kernels.quantised_matmul.weights import BLOCK, LARGEST_SCALE
 
 WeightsFormat = Literal["f32", "bf16", "w8", "w4"]
 _ROW_LOOKUP = ("embed", "lm_head")
@@ -29,14 +31,14 @@ def check_format(weights: str) -> None:
 def encode(name: str, parameter: Parameter, values: Any, weights: str, group_size: int) -> Weight:
     """One parameter, or rows of it, a numpy array of f32, in a weights format, of numpy arrays too.
 
-    Norms and biases stay f32.
+    Norms and biases stay f32. Warns of weights that w4 cannot hold.
     """
     kind = stored_format(name, parameter, weights)
     if kind == "f32":
         return values
     if kind == "bf16":
         return values.astype(jnp.bfloat16)
-    return _by_rows(values) if kind == "w8" else quantise_w4(values, group_size)
+    return _by_rows(values) if kind == "w8" else _by_groups(name, values, group_size)
 
 
 def stored_format(name: str, parameter: Parameter, weights: str) -> str:
@@ -67,3 +69,14 @@ def _by_rows(values: Any) -> Weight:
     parts = [quantise_w8(values[start : start + step]) for start in range(0, len(values), step)]
     joined: Any = [np.concatenate(each) for each in zip(*((part.values, part.scales) for part in parts), strict=True)]
     return W8(*joined)
+
+
+def _by_groups(name: str, values: Any, group_size: int) -> Weight:
+    weight = quantise_w4(values, group_size)
+    if np.any(np.abs(weight.scales) == LARGEST_SCALE):
+        warnings.warn(
+            f"{name} has weights beyond {8 * LARGEST_SCALE:.0f}, which w4 cuts off: convert to w8 or bf16",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+    return weight

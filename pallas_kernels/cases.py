@@ -111,7 +111,7 @@ class MatmulCase:
         padded = -(-self.inputs // BLOCK) * BLOCK
         packed = generator.integers(-(2**15), 2**15, (padded // 4, self.outputs), dtype=np.int16)
         scales = generator.uniform(0.5, 1.5, (padded // self.group_size, self.outputs)).astype(np.float32) / 100
-        weight = W4(jnp.asarray(packed), jnp.asarray(scales, jnp.bfloat16), self.group_size)
+        weight = W4(jnp.asarray(packed), jnp.asarray(scales, jnp.float16), self.group_size)
         return (jnp.asarray(x, self.dtype), weight), {}
 
     @property

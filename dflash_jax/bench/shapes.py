@@ -160,7 +160,7 @@ def _parameters(table: dict[str, Parameter], weights: str) -> dict[str, Any]:
         if kind == "w4":
             words = jax.random.bits(key, (-(-inputs // 128) * 32, outputs), jnp.uint16).view(jnp.int16)
             scale = 1 / (_NIBBLE_DEVIATION * inputs**0.5)
-            made[name] = W4(words, jnp.full((-(-inputs // 128) * 4, outputs), scale, jnp.bfloat16), 32)
+            made[name] = W4(words, jnp.full((-(-inputs // 128) * 4, outputs), scale, jnp.float16), 32)
         elif kind == "w8":
             values = jax.random.bits(key, parameter.shape, jnp.uint8).view(jnp.int8)
             made[name] = W8(values, jnp.full(outputs, 1 / (_BYTE_DEVIATION * inputs**0.5), jnp.float32))

@@ -73,7 +73,7 @@ def random(case: MatmulCase) -> tuple[jax.Array, W4 | W8]:
         return x, W8(values, jnp.full(case.outputs, 1e-3, jnp.float32))
     padded = -(-case.inputs // BLOCK) * BLOCK
     words = jax.random.bits(keys[1], (padded // 4, case.outputs), jnp.uint16).view(jnp.int16)
-    scales = jnp.full((padded // case.group_size, case.outputs), 1e-3, jnp.bfloat16)
+    scales = jnp.full((padded // case.group_size, case.outputs), 1e-3, jnp.float16)
     return x, W4(words, scales, case.group_size)
 
 

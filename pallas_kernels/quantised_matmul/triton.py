@@ -8,9 +8,9 @@ there are tiles; XLA adds them in order and fuses that with what follows).
       w8   values [TILE, 128] int8 -> bf16 -> dot with x [rows, 128] -> add; scale at the end
 
 A nibble n becomes the bf16 number 128 + n by OR with 0x4300, two nibbles an instruction; one fused multiply-add takes
-136 away (128, and the 8 that a nibble is off by) and another one multiplies with the scale: the weights are the bf16
-numbers that `dequantise` rounds to. Rows never mix, and the tile of rows is a multiple of 16: a row's bits do not
-depend on the others.
+136 away (128, and the 8 that a nibble is off by) and another one multiplies with the scale, which was rounded from f16
+to bf16: a weight is off by 2**-8 of itself at most, little beside what 4 bits cost. Rows never mix, and the tile of
+rows is a multiple of 16: a row's bits do not depend on the others.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _w4_kernel(
         block = split * share + number
         words = plt.load(words_ref.at[pl.ds(block * _PLANE, _PLANE), outputs])
         for plane in range(4):
-            scales = plt.load(scales_ref.at[block * 4 + plane if per_plane else block, outputs])
+            scales = plt.load(scales_ref.at[block * 4 + plane if per_plane else block, outputs]).astype(jnp.bfloat16)
             x = plt.load(x_ref.at[:, pl.ds(block * BLOCK + plane * _PLANE, _PLANE)])
             total += plt.dot(x, _plane(words, scales, plane, interpret))
         return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import gc
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,9 +27,12 @@ from checkpoints import conversion, groups
 from checkpoints.errors import CheckpointError
 from checkpoints.formats import encode
 from checkpoints.hf_source import read_folder
+from checkpoints.readers import CheckpointWarning
 from checkpoints.source import RowReader, Source
 from checkpoints.store import split
 from checkpoints.unfinished import unfinished_folder
+from dflash_jax.models.parameters import Parameter
+from pallas_kernels.quantised_matmul.api import W4, dequantise
 
 FORMATS = [("f32", 32), ("bf16", 32), ("w8", 32), ("w4", 32), ("w4", 128)]
 
@@ -93,6 +98,30 @@ def test_what_is_loaded_is_what_was_encoded(
     assert (done.continued, done.groups > 1) == (0, pieces)
     assert hidden(out) == []
     assert checkpoints.verify(out) == []
+
+
+def test_a_folder_of_before_has_bfloat16_scales(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode_as_before(name: str, *arguments: Any) -> Any:
+        weight = encode(name, *arguments)
+        if not isinstance(weight, W4):
+            return weight
+        return dataclasses.replace(weight, scales=np.asarray(weight.scales).astype(jnp.bfloat16))
+
+    monkeypatch.setattr(conversion, "encode", encode_as_before)
+    checkpoints.convert(source, tmp_path / "out", weights="w4")
+    opened = read_folder(source)
+    name = "layers.0.mlp.up"
+    before = encode_as_before(name, opened.table[name], opened.readers[name](), "w4", 32)
+    found = checkpoints.load(tmp_path / "out").parameters[name]
+    assert isinstance(found, W4) and found.scales.dtype == jnp.float16
+    np.testing.assert_array_equal(dequantise(found), dequantise(before))
+
+
+def test_weights_that_w4_cannot_hold_are_told_of() -> None:
+    values = np.ones((2, 128), np.float32)
+    encode("layers.0.mlp.up", Parameter((2, 128), matrix=True), values * 5e5, "w4", 32)
+    with pytest.warns(CheckpointWarning, match=r"layers\.0\.mlp\.up has weights beyond 524032, which w4 cuts off"):
+        encode("layers.0.mlp.up", Parameter((2, 128), matrix=True), values * 6e5, "w4", 32)
 
 
 class _Rows:
