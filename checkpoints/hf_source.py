@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import CheckpointError
+from checkpoints.expert_stacks import stack_experts
 from checkpoints.hf_names import canonical_name, is_other_modality, is_skipped, variant_of
 from checkpoints.packed_weights import Tensor, unpack
 from checkpoints.readers import CheckedReader
@@ -87,6 +88,7 @@ def _tensors(path: Path, described: Mapping[str, Any]) -> tuple[dict[str, Tensor
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: quantization_config is damaged or unusual: {first_line(error)}") from error
+    tensors = stack_experts(path, tensors)
     scalars = [tensor.origin for tensor in tensors.values() if not tensor.shape]
     if scalars:
         raise CheckpointError(f"{path}: tensor {scalars[0]} is a single number, which no model here has")

@@ -6,6 +6,7 @@ Where a module `m` of a plain checkpoint has `m.weight` [out, in], these have (w
     AWQ, "gemm"         m.qweight [in, out/8]   m.scales [groups, out]   m.qzeros [groups, out/8]
     compressed-tensors  m.weight_packed [out, in/8]   m.weight_scale [out, groups]   m.weight_shape [2]
       pack-quantized    m.weight_zero_point [out/8, groups] and m.weight_g_idx [in] where they are needed
+      of all experts    m_packed [experts, out, in/8]   m_scale [experts, out, groups]   m_zero_point if need be
       int, float        m.weight [out, in] of int8 or 8-bit float   m.weight_scale [out, 1], [1] or a grid of blocks
 
 A weight is (value - zero) * scale of its group. GPTQ's first version stores zero - 1. AWQ stores the eight columns of a
@@ -15,6 +16,7 @@ word in the order 0, 2, 4, 6, 1, 3, 5, 7. compressed-tensors stores signed value
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,11 +66,13 @@ def unpack(path: Path, stored: Stored, quantisation: Any) -> tuple[dict[str, Ten
         module, _, last = name.rpartition(".")
         if method == "compressed-tensors" and last in _UNREAD:
             skipped.append(name)
-        elif last == suffix or (last == "weight" and stored[name].dtype in _EIGHT_BITS):
-            parts = _Parts(path, module, stored, used)
-            tensors[f"{module}.weight"] = (
-                build(parts, quantisation) if last == suffix else _eight_bits(parts, quantisation)
-            )
+        elif last == suffix:
+            tensors[f"{module}.weight"] = build(_Parts(path, f"{module}.", stored, used), quantisation)
+        elif method == "compressed-tensors" and last.endswith("_proj_packed"):
+            start = name.removesuffix("packed")
+            tensors[start.removesuffix("_")] = _packed_experts(_Parts(path, start, stored, used), quantisation)
+        elif last == "weight" and stored[name].dtype in _EIGHT_BITS:
+            tensors[name] = _eight_bits(_Parts(path, f"{module}.", stored, used), quantisation)
     rest = set(stored) - used - set(skipped)
     tensors |= {name: _plain(name, stored[name]) for name in stored if name in rest}
     return tensors, skipped
@@ -76,15 +80,15 @@ def unpack(path: Path, stored: Stored, quantisation: Any) -> tuple[dict[str, Ten
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """The tensors of one module."""
+    """The tensors of one module, whose names begin with `start`."""
 
     path: Path
-    module: str
+    start: str
     stored: Stored
     used: set[str]
 
     def get(self, last: str) -> StoredTensor | None:
-        name = f"{self.module}.{last}"
+        name = self.start + last
         if name not in self.stored:
             return None
         self.used.add(name)
@@ -94,7 +98,7 @@ class _Parts:
         found = self.get(last)
         if found is None or len(found.shape) != dimensions:
             shape = "missing" if found is None else f"of shape {list(found.shape)}"
-            raise self.error(f"tensor {self.module}.{last} is {shape}")
+            raise self.error(f"tensor {self.start}{last} is {shape}")
         return found
 
     def fit(self, tensor: StoredTensor, *shape: int) -> None:
@@ -152,6 +156,7 @@ def _awq(parts: _Parts, quantisation: Mapping[str, Any]) -> Tensor:
 
 
 def _pack_quantized(parts: _Parts, quantisation: Mapping[str, Any]) -> Tensor:
+    del quantisation  # what is stored says it
     words, scales, size = parts.need("weight_packed", 2), parts.need("weight_scale", 2), parts.need("weight_shape", 1)
     parts.fit(size, 2)
     rows, columns = (int(number) for number in size.read())
@@ -163,7 +168,35 @@ def _pack_quantized(parts: _Parts, quantisation: Mapping[str, Any]) -> Tensor:
     if zeros is not None:
         parts.fit(zeros, -(-rows * bits // 32), groups)
     group_of = _group_of(parts, parts.get("weight_g_idx"), columns, groups, -1)
-    middle = np.float32(1 << (bits - 1))
+    return Tensor(words.name, (rows, columns), _packed_rows(words, scales, zeros, bits, group_of))
+
+
+def _packed_experts(parts: _Parts, quantisation: Mapping[str, Any]) -> Tensor:
+    """The matrices of all experts, which were one tensor before they were packed."""
+    words, scales, zeros = parts.need("packed", 3), parts.need("scale", 3), parts.get("zero_point")
+    parts.get("shape")  # says nothing more
+    bits = _bits(quantisation)
+    experts, height, columns = *words.shape[:2], words.shape[2] * 32 // bits
+    groups = scales.shape[2]
+    parts.fit(scales, experts, height, groups)
+    if zeros is not None:
+        parts.fit(zeros, experts, height * bits // 32, groups)
+    group_of = _group_of(parts, None, columns, groups, -1)
+    flat_zeros = _flat(zeros) if zeros else None
+    read = _packed_rows(_flat(words), _flat(scales), flat_zeros, bits, group_of)
+    return Tensor(words.name, (experts * height, columns), read)
+
+
+def _flat(stored: StoredTensor) -> StoredTensor:
+    """The matrices of experts below each other, which is how they lie in the file."""
+    return dataclasses.replace(stored, shape=flat_shape(stored.shape))
+
+
+def _packed_rows(
+    words: StoredTensor, scales: StoredTensor, zeros: StoredTensor | None, bits: int, group_of: np.ndarray
+) -> Rows:
+    """Reads rows of compressed-tensors' packed words; all stored tensors have two dimensions."""
+    middle, columns = np.float32(1 << (bits - 1)), len(group_of)
 
     def read(start: int, stop: int) -> np.ndarray:
         zero: Any = middle  # both are stored with it added
@@ -172,14 +205,22 @@ def _pack_quantized(parts: _Parts, quantisation: Mapping[str, Any]) -> Tensor:
         values = _unpack_words(words.read(start, stop), bits)[:, :columns]
         return _dequantise(values, scales.rows(start, stop), zero, group_of)
 
-    return Tensor(words.name, (rows, columns), read)
+    return read
+
+
+def _bits(quantisation: Mapping[str, Any]) -> int:
+    groups = (quantisation.get("config_groups") or {}).values()
+    found = {int((group.get("weights") or {}).get("num_bits") or 4) for group in groups} or {4}
+    if found not in ({4}, {8}):
+        raise CheckpointError(f"compressed-tensors with {sorted(found)} bits is not supported; supported: 4 or 8")
+    return found.pop()
 
 
 def _eight_bits(parts: _Parts, quantisation: Mapping[str, Any]) -> Tensor:
     weight, scales, zeros = parts.need("weight", 2), parts.get("weight_scale"), parts.get("weight_zero_point")
     rows, columns = weight.shape
     if scales is None:
-        raise parts.error(f"tensor {parts.module}.weight_scale is missing")
+        raise parts.error(f"tensor {parts.start}weight_scale is missing")
     if scales.shape in ((), (1,), (1, 1)):
         grid, height, width = (1, 1), rows, columns
     elif scales.shape in ((rows,), (rows, 1)):
@@ -233,7 +274,13 @@ def _group_of(parts: _Parts, index: StoredTensor | None, columns: int, groups: i
             return found
     size = group_size if group_size > 0 else -(-columns // max(groups, 1))
     if -(-columns // size) != groups:
-        raise parts.error(f"module {parts.module} has {groups} groups for {columns} inputs in groups of {size}")
+        raise parts.error(f"module {parts.start[:-1]} has {groups} groups for {columns} inputs in groups of {size}")
+    return _runs(columns, size)
+
+
+@functools.lru_cache(maxsize=64)
+def _runs(columns: int, size: int) -> np.ndarray:
+    """One array for all modules of a shape: experts are thousands."""
     return np.arange(columns) // size
 
 
