@@ -97,6 +97,13 @@ def text_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
     return Prompt(ids, tuple(Span(start, end, None, None, kind) for start, end, kind in bounds if end > start))
 
 
+def begin_answer(tokenizer: Tokenizer, prompt: Prompt, start: str) -> Prompt:
+    """A prompt with the beginning of its answer, special tokens recognised, as structure."""
+    ids = np.concatenate([prompt.token_ids, tokenizer.encode(start)])
+    more = Span(len(prompt), len(ids), None, None, "structure")
+    return Prompt(ids, (*prompt.spans, more) if len(more) else prompt.spans)
+
+
 def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as templates expect them.
 

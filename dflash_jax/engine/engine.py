@@ -21,7 +21,7 @@ from dflash_jax.control.rules import Rule, initial
 from dflash_jax.control.state import Observation
 from dflash_jax.engine import self_check
 from dflash_jax.engine.answer import Job, Shared, follow
-from dflash_jax.engine.chat import build_prompt, text_prompt
+from dflash_jax.engine.chat import begin_answer, build_prompt, text_prompt
 from dflash_jax.engine.compilation import compilations
 from dflash_jax.engine.loading import Model, Progress, load_model
 from dflash_jax.engine.programs import Programs
@@ -50,7 +50,7 @@ class Handle:
     _runner: Runner
     _job: Job
     prompt_end: str = ""
-    """The last characters of the prompt, special tokens included: what the answer goes on from."""
+    """The last characters of the prompt, special tokens included: what the answer, its start included, goes on from."""
 
     def cancel(self) -> None:
         """Ends the request before its next block; its last event says "cancelled" unless it has already ended."""
@@ -186,6 +186,9 @@ class Engine:
         Raises RequestError for a request that cannot be served as it stands, OverloadedError when the queue is full.
         """
         prompt = self._prompt(request)
+        end = self._tokenizer.decode(prompt.token_ids[-_END_TOKENS:], skip_special=False) if self._tokenizer else ""
+        if request.answer_start and self._tokenizer:
+            prompt = begin_answer(self._tokenizer, prompt, request.answer_start(end))
         room = self.context_length - len(prompt)
         if room < 1:
             raise RequestError(
@@ -205,7 +208,6 @@ class Engine:
         )
         runner = self._running()
         runner.submit(job)
-        end = self._tokenizer.decode(prompt.token_ids[-_END_TOKENS:], skip_special=False) if self._tokenizer else ""
         return Handle(runner, job, end)
 
     def stream(self, prompt: str | Sequence[Mapping[str, Any]], **sampling: Any) -> Iterator[Event]:

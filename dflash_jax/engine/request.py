@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -55,6 +55,11 @@ class Request:
     """Variables of the chat template itself, such as enable_thinking."""
     continue_final: bool = False
     """Whether the answer goes on from the last message, which is the assistant's."""
+    answer_start: Callable[[str], str] | None = None
+    """Gives the text that the answer starts with, markup recognised, by the last characters of the prompt.
+
+    It counts as prompt, and no event tells of it.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,11 +133,6 @@ class ChatBody(GenerationBody):
     response_format: dict[str, Any] | None = None
     top_logprobs: int | None = None
 
-    @property
-    def offered_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model may call."""
-        return None if self.tool_choice == "none" else self.tools
-
     def token_limit(self) -> int | None:
         """The newer name wins when a client sends both."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

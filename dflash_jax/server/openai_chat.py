@@ -18,7 +18,9 @@ from dflash_jax.server.bodies import ChatBody, CompletionBody, GenerationBody, r
 from dflash_jax.server.errors import ApiError, failed, overloaded
 from dflash_jax.server.metrics import Metrics
 from dflash_jax.server.openai_deltas import ChatMessage
+from dflash_jax.server.tool_choice import read_choice
 from dflash_jax.server.tools import Family
+from dflash_jax.server.tools.events import Piece
 from dflash_jax.server.usage import usage
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -29,17 +31,19 @@ async def chat_completions(request: HttpRequest) -> Response:
     """POST /v1/chat/completions."""
     body = await read_body(request, ChatBody)
     family: Family = request.app.state.family
+    choice = read_choice(body, family)
 
     def shape(prompt_end: str) -> _Shape:
-        parser = family.parser(prompt_end, bool(body.offered_tools))
-        return _Chat(request.app.state.engine.model_id, ChatMessage(parser))
+        message = ChatMessage(family.parser(prompt_end, choice.schemas))
+        return _Chat(request.app.state.engine.model_id, message, choice.opening(prompt_end))
 
     return await _answer(
         request,
         body,
         shape,
         messages=body.messages,
-        tools=body.offered_tools,
+        tools=choice.tools,
+        answer_start=choice.opening_text if choice.forced else None,
         template_variables=body.chat_template_kwargs or {},
         continue_final=bool(body.continue_final_message),
     )
@@ -72,12 +76,13 @@ class _Shape(Protocol):
 class _Chat:
     stream_object, whole_object = "chat.completion.chunk", "chat.completion"
 
-    def __init__(self, model: str, message: ChatMessage) -> None:
+    def __init__(self, model: str, message: ChatMessage, start: list[Piece]) -> None:
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._message = message
+        self._first = [{"role": "assistant", "content": ""}, *message.begin(start)]
 
     def opening(self) -> list[dict[str, Any]]:
-        return [_choice(delta={"role": "assistant", "content": ""})]
+        return [_choice(delta=piece) for piece in self._first]
 
     def pieces(self, delta: TextDelta) -> list[dict[str, Any]]:
         return [_choice(delta=piece) for piece in self._message.add(delta)]

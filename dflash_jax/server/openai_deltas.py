@@ -12,6 +12,7 @@ from dflash_jax.server.tools.events import (
     CallStarted,
     Event,
     Parser,
+    Piece,
     Reasoning,
     Text,
 )
@@ -26,6 +27,10 @@ class ChatMessage:
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[dict[str, Any]] = []
+
+    def begin(self, pieces: Iterable[Piece]) -> list[dict[str, Any]]:
+        """The deltas of what an answer starts with before the engine says anything."""
+        return self._note(self._parser.feed(pieces))
 
     def add(self, delta: TextDelta) -> list[dict[str, Any]]:
         """The deltas that follow from it."""

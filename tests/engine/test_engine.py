@@ -60,6 +60,25 @@ class Collector:
             self.ids.extend(event.token_ids)
 
 
+def test_an_answer_that_is_begun_for_the_model(engine: Engine) -> None:
+    ends = []
+
+    def start(prompt_end: str) -> str:
+        ends.append(prompt_end)
+        return "So, "
+
+    def run(**request: Any) -> tuple[list[int], int]:
+        collector = Collector()
+        engine.submit(Request(**request, sampling=Sampling(max_tokens=8, ignore_eos=True)), collector)
+        return (collector.ids, collector.finish().stats.prompt_tokens)
+
+    begun = run(messages=CHAT, answer_start=start)
+    assert begun == run(messages=[*CHAT, {"role": "assistant", "content": "So, "}], continue_final=True)
+    plain = run(messages=CHAT)
+    assert plain[0] != begun[0] and plain[1] < begun[1]
+    assert ends == [engine.submit(Request(messages=CHAT), lambda _: None).prompt_end]
+
+
 def test_same_tokens_without_drafter_with_random_drafter_and_with_oracle(make: Callable[..., Engine]) -> None:
     plain = make(tiny_model(), dflash="off", pflash="off").generate(CHAT, max_tokens=40, ignore_eos=True)
     assert plain.stats.dflash is None

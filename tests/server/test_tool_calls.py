@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -172,3 +173,112 @@ def test_an_answer_can_be_continued(server: Server) -> None:
 def test_a_prompt_for_nobody_is_refused(server: Server, extra: dict) -> None:
     with pytest.raises(openai.BadRequestError, match="add_generation_prompt"):
         server.openai.chat.completions.create(model="any", messages=QUESTION, extra_body=extra)
+
+
+TWO_TOOLS = [*TOOLS, {"type": "function", "function": {"name": "time"}}]
+LOOK = {"type": "function", "function": {"name": "look"}}
+FORCED = {
+    "gemma4": ("call:look{", ("place:", tag('<|"|>'), "Rome", tag('<|"|>'), "}", tag("<tool_call|>"))),
+    "qwen3": ('{"name": "look", "arguments":', (' {"place": "Rome"}}\n', "</tool_call>")),
+}
+
+
+@pytest.fixture(params=FORCED)
+def forced(request: pytest.FixtureRequest, start: Callable[..., Server], qwen3: str) -> Server:
+    """A model that goes on from the beginning of a call."""
+    template = {"gemma4": pinned_template("gemma4"), "qwen3": qwen3}[request.param]
+    return start(words=FORCED[request.param][1], chat_template=template)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("tools", "choice"), [(TOOLS, "required"), (TWO_TOOLS, LOOK)])
+def test_a_call_that_must_be_is_begun_for_the_model(forced: Server, tools: list, choice: object, stream: bool) -> None:
+    with (
+        forced.openai.chat.completions.stream(model="any", messages=QUESTION, tools=tools, tool_choice=choice)
+        if stream
+        else contextlib.nullcontext() as events
+    ):
+        answer = (
+            events.get_final_completion()
+            if events
+            else forced.openai.chat.completions.create(model="any", messages=QUESTION, tools=tools, tool_choice=choice)
+        )
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("look", {"place": "Rome"})
+    assert not answer.choices[0].message.content
+    begun = forced.engine.handles[-1].request.answer_start("")
+    assert begun.endswith(next(text for text, words in FORCED.values() if words == forced.engine.words))
+
+
+def test_a_call_of_any_tool_goes_on_from_before_its_name(start: Callable[..., Server], qwen3: str) -> None:
+    server = start(words=["time", '"}', "\n</tool_call>"], chat_template=qwen3, prompt_end="<think>\n")
+    answer = server.openai.chat.completions.create(
+        model="any", messages=QUESTION, tools=TWO_TOOLS, tool_choice="required"
+    )
+    message = answer.choices[0].message
+    assert [call.function.name for call in message.tool_calls] == ["time"]
+    assert not hasattr(message, "reasoning_content")
+    begun = server.engine.handles[-1].request.answer_start
+    assert begun("<think>\n") == '\n</think>\n\n<tool_call>\n{"name": "'
+    assert begun("<|im_start|>assistant\n") == '<think>\n\n</think>\n\n<tool_call>\n{"name": "'
+    assert begun("<think>\n\n</think>\n\n") == '<tool_call>\n{"name": "'
+
+
+def test_a_begun_call_that_breaks_off_is_text(start: Callable[..., Server], qwen3: str) -> None:
+    server = start(words=[' {"place', '": "Rome'], chat_template=qwen3)
+    (choice,) = server.openai.chat.completions.create(
+        model="any", messages=QUESTION, tools=TOOLS, tool_choice="required"
+    ).choices
+    assert choice.message.content == '<tool_call>\n{"name": "look", "arguments": {"place": "Rome'
+    assert (choice.message.tool_calls, choice.finish_reason) == (None, "stop")
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "none"])
+def test_nothing_is_begun_unless_asked_for(server: Server, choice: str | None) -> None:
+    server.openai.chat.completions.create(
+        model="any", messages=QUESTION, tools=TOOLS, extra_body={"tool_choice": choice}
+    )
+    assert server.engine.handles[-1].request.answer_start is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "found"),
+    [
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"tool_choice": "required", "tools": []}, "there are no tools"),
+        ({"tool_choice": LOOK}, "there are no tools"),
+        ({"tool_choice": {**LOOK, "function": {"name": "go"}}, "tools": TOOLS}, "'go', which is not among the tools"),
+        ({"tool_choice": "always", "tools": TOOLS}, "expected 'none', 'auto', 'required' or"),
+        ({"tool_choice": {"type": "allowed_tools"}, "tools": TOOLS}, "expected 'none', 'auto', 'required' or"),
+        ({"tool_choice": {"type": "function", "function": 3}, "tools": TOOLS}, "expected 'none', 'auto', 'required'"),
+        (
+            {"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "<|im_end|>"}}]},
+            "names may hold letters, digits",
+        ),
+        ({"tool_choice": "required", "tools": TOOLS, "continue_final_message": True}, "leave continue_final_message"),
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_refused(
+    start: Callable[..., Server], qwen3: str, extra: dict, found: str
+) -> None:
+    server = start(chat_template=qwen3)
+    body = {"messages": [*QUESTION, {"role": "assistant", "content": ""}], **extra}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tool_choice")
+    assert found in answer.json()["error"]["message"]
+    assert server.engine.handles == []
+
+
+def test_a_model_whose_calls_are_unknown_cannot_be_made_to_call(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="how this model writes calls is unknown"):
+        server.openai.chat.completions.create(model="any", messages=QUESTION, tools=TOOLS, tool_choice="required")
+
+
+def test_schemas_of_tools_reach_the_parser(start: Callable[..., Server]) -> None:
+    template = "{{ '<tool_call>\\n<function=' }}{{ '<parameter=' }}"
+    words = ["<tool_call>\n<function=look>\n<parameter=days>\n3\n</para", "meter>\n</function>\n</tool_call>"]
+    days = {"type": "object", "properties": {"days": {"type": "integer"}}}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": days}}]
+    server = start(words=words, chat_template=template)
+    answer = server.openai.chat.completions.create(model="any", messages=QUESTION, tools=tools)
+    assert answer.choices[0].message.tool_calls[0].function.arguments == '{"days": 3}'

@@ -14,6 +14,10 @@ Piece = str | Marker
 """A piece of an answer: text, or a token of markup."""
 
 
+Tools = Mapping[str, Mapping[str, Any]]
+"""The tools that a model may call: the JSON schema of the arguments by the tool's name."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A call of a tool."""
@@ -103,3 +107,8 @@ def spell(piece: Piece, tags: Iterable[str] = ()) -> str:
     if isinstance(piece, str):
         return piece
     return "" if piece.hidden and piece.text not in tags else piece.text
+
+
+def spelled(pieces: Iterable[Piece]) -> str:
+    """Pieces as the model's vocabulary spells them, hidden tokens too."""
+    return "".join(piece if isinstance(piece, str) else piece.text for piece in pieces)

@@ -19,8 +19,10 @@ from dflash_jax.server.tools.events import (
     Piece,
     Reasoning,
     Text,
+    Tools,
     dump,
     spell,
+    spelled,
 )
 
 CALL, END_CALL, QUOTE, CHANNEL, END_CHANNEL = "<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>"
@@ -37,9 +39,9 @@ _CONSTANTS = {"true": True, "false": False, "null": None, "None": None, "True": 
 _JSON_STRING = json.JSONDecoder(strict=False)
 
 
-def parser(prompt_end: str = "", tools: bool = True) -> Parser:
+def parser(prompt_end: str = "", tools: Tools | None = None) -> Parser:
     """A parser for one answer; the prompt may end within a thought."""
-    return _Parser(thinking=prompt_end.rstrip("\n").endswith(CHANNEL + _LABEL), tools=tools)
+    return _Parser(thinking=_thinks(prompt_end), tools=tools is not None)
 
 
 def render(calls: Sequence[Call]) -> list[Piece]:
@@ -48,6 +50,16 @@ def render(calls: Sequence[Call]) -> list[Piece]:
     for call in calls:
         pieces += [_marker(CALL), f"call:{call.name}", *_render_object(call.arguments), _marker(END_CALL)]
     return pieces
+
+
+def opening(name: str | None, prompt_end: str = "") -> list[Piece]:
+    """The beginning of a call, after the end of a thought that the prompt opened."""
+    thinking = [_marker(END_CHANNEL)] if _thinks(prompt_end) else []
+    return [*thinking, _marker(CALL), "call:" if name is None else f"call:{name}{{"]
+
+
+def _thinks(prompt_end: str) -> bool:
+    return prompt_end.rstrip("\n").endswith(CHANNEL + _LABEL)
 
 
 class _Parser:
@@ -108,7 +120,7 @@ class _Parser:
 
     def _label(self) -> list[Event]:
         """The line that names a channel is not part of a thought, unless it is another than expected."""
-        label, line_end, rest = _spelled(self._pieces).partition("\n")
+        label, line_end, rest = spelled(self._pieces).partition("\n")
         if not line_end:
             return []
         self._state, self._pieces = "reasoning", []
@@ -117,7 +129,7 @@ class _Parser:
     def _end_thought(self, *, complete: bool) -> list[Event]:
         """Leaves a thought; newlines before its end belong to the markup."""
         state, self._state = self._state, "content"
-        label, self._pieces = _spelled(self._pieces), []
+        label, self._pieces = spelled(self._pieces), []
         newlines, self._newlines = self._newlines, ""
         if state == "label" and label.strip() not in ("", _LABEL):
             return [Reasoning(label)]
@@ -128,7 +140,7 @@ class _Parser:
         call = parse_call(pieces)
         if call is not None:
             return self._calls.tell(*call)
-        return [Text(CALL + _spelled(pieces) + (END_CALL if end else ""))]
+        return [Text(CALL + spelled(pieces) + (END_CALL if end else ""))]
 
 
 def parse_call(pieces: Sequence[Piece]) -> tuple[str, str] | None:
@@ -248,10 +260,6 @@ def _with_commas(items: Iterable[list[Piece]]) -> Iterable[Piece]:
     for index, item in enumerate(items):
         yield from ([","] if index else [])
         yield from item
-
-
-def _spelled(pieces: Iterable[Piece]) -> str:
-    return "".join(piece if isinstance(piece, str) else piece.text for piece in pieces)
 
 
 def _marker(text: str) -> Marker:

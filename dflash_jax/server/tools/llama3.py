@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from dflash_jax.engine.request import Marker
-from dflash_jax.server.tools.events import Call, CallCounter, Event, Parser, Piece, Text, spell
+from dflash_jax.server.tools.events import Call, CallCounter, Event, Parser, Piece, Text, Tools, spell
 from dflash_jax.server.tools.tagged import call_of
 
 _TAG = "<|python_tag|>"
@@ -18,16 +18,22 @@ _FIRST_KEY = re.compile(r'\{\s*("[^"]*"?|[^"\s])?')
 _DECODER = json.JSONDecoder(strict=False)
 
 
-def parser(prompt_end: str = "", tools: bool = True) -> Parser:
+def parser(prompt_end: str = "", tools: Tools | None = None) -> Parser:
     """A parser for one answer."""
     del prompt_end
-    return _Parser(tools)
+    return _Parser(tools is not None)
 
 
 def render(calls: Sequence[Call]) -> list[Piece]:
     """Calls as the model writes them."""
     written = [json.dumps({"name": c.name, "parameters": c.arguments}, ensure_ascii=False) for c in calls]
     return ["; ".join(written)] if written else []
+
+
+def opening(name: str | None, prompt_end: str = "") -> list[Piece]:
+    """The beginning of a call."""
+    del prompt_end
+    return ['{"name": "' if name is None else f'{{"name": "{name}", "parameters":']
 
 
 class _Parser:

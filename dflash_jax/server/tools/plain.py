@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dflash_jax.server.tools.events import Call, Event, Parser, Piece, Text, spell
+from dflash_jax.server.tools.events import Call, Event, Parser, Piece, Text, Tools, spell
 
 
-def parser(prompt_end: str = "", tools: bool = True) -> Parser:
+def parser(prompt_end: str = "", tools: Tools | None = None) -> Parser:
     """A parser that finds nothing."""
     del prompt_end, tools
     return _Parser()
@@ -16,6 +16,12 @@ def parser(prompt_end: str = "", tools: bool = True) -> Parser:
 def render(calls: Sequence[Call]) -> list[Piece]:
     """Nothing: such a model makes no calls."""
     del calls
+    return []
+
+
+def opening(name: str | None, prompt_end: str = "") -> list[Piece]:
+    """Nothing."""
+    del name, prompt_end
     return []
 
 

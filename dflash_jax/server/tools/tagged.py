@@ -1,12 +1,13 @@
-"""Answers in which <tool_call> tags hold JSON and, in some families, <think> tags hold thoughts.
+"""Answers in which <tool_call> tags hold calls and, in some families, <think> tags hold thoughts.
 
 The tags are tokens of their own in some vocabularies and plain text in others, so they are found in the text.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from dflash_jax.server.tools.events import (
@@ -26,13 +27,46 @@ _TAGS = (THINK, END_THINK, CALL, END_CALL)
 _SPACE = " \t\r\n"
 
 
-def render_tagged(calls: Sequence[Call]) -> list[Piece]:
+@dataclasses.dataclass(frozen=True)
+class Syntax:
+    """How a call is written between its tags."""
+
+    read: Callable[[str], tuple[str, str] | None]
+    """Name and arguments (as JSON) of a call; None if the text is anything else."""
+    inside: Callable[[str], bool]
+    """Whether a text breaks off within a value, so that a closing tag after it belongs to that value."""
+
+
+def render_tagged(bodies: Iterable[str]) -> list[Piece]:
     """Calls in tags, one under the other."""
-    written = [
-        f"{CALL}\n{json.dumps({'name': call.name, 'arguments': call.arguments}, ensure_ascii=False)}\n{END_CALL}"
-        for call in calls
-    ]
+    written = [f"{CALL}\n{body}\n{END_CALL}" for body in bodies]
     return ["\n".join(written)] if written else []
+
+
+def open_tagged(body: str, before: str = "") -> list[Piece]:
+    """The beginning of a call, after the end of what comes before."""
+    return [f"{before}{CALL}\n{body}"]
+
+
+def end_of_thought(prompt_end: str) -> str:
+    """What ends thoughts that the prompt opened."""
+    return f"\n{END_THINK}\n\n" if in_thought(prompt_end) else ""
+
+
+def in_thought(prompt_end: str) -> bool:
+    """Whether a prompt ends with the tag that opens thoughts."""
+    return prompt_end.rstrip().endswith(THINK)
+
+
+def render_json(calls: Sequence[Call]) -> list[Piece]:
+    """Calls as JSON."""
+    bodies = ({"name": call.name, "arguments": call.arguments} for call in calls)
+    return render_tagged(json.dumps(body, ensure_ascii=False) for body in bodies)
+
+
+def open_json(name: str | None, before: str = "") -> list[Piece]:
+    """The beginning of a call as JSON."""
+    return open_tagged('{"name": "' if name is None else f'{{"name": "{name}", "arguments":', before)
 
 
 def call_in(text: str) -> tuple[str, str] | None:
@@ -60,7 +94,8 @@ class TaggedParser:
     "after" is after thoughts or a call, where space is not content.
     """
 
-    def __init__(self, *, thinks: bool, thinking: bool, tools: bool) -> None:
+    def __init__(self, syntax: Syntax, *, thinks: bool, thinking: bool, tools: bool) -> None:
+        self._syntax = syntax
         self._state: Literal["begin", "reasoning", "content", "after", "call"] = "begin"
         self._thinks, self._tools = thinks, tools
         self._text = ""
@@ -141,16 +176,16 @@ class TaggedParser:
     def _call(self, final: bool) -> list[Event]:
         while (end := self._text.find(END_CALL, self._searched)) >= 0:
             body, after = self._text[:end], end + len(END_CALL)
-            if call := call_in(body):
+            if call := self._syntax.read(body):
                 self._state, self._text = "after", self._text[after:]
                 return self._calls.tell(*call)
-            if not _inside_string(body):
+            if not self._syntax.inside(body):
                 return self._malformed(after)
             self._searched = after
         if not final:
             self._searched = max(self._searched, len(self._text) - len(END_CALL) + 1)
             return []
-        if call := call_in(self._text):
+        if call := self._syntax.read(self._text):
             self._state, self._text = "after", ""
             return self._calls.tell(*call)
         first = self._text.find(END_CALL)
@@ -173,6 +208,9 @@ def _inside_string(text: str) -> bool:
             inside = not inside
         position += 1
     return inside
+
+
+JSON = Syntax(call_in, _inside_string)
 
 
 def _joined(events: list[Event]) -> list[Event]:

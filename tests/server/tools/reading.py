@@ -17,7 +17,10 @@ from dflash_jax.server.tools.events import (
     Piece,
     Reasoning,
     Text,
+    Tools,
 )
+
+NO_SCHEMAS: Tools = {}
 
 
 @dataclasses.dataclass
@@ -55,7 +58,7 @@ def said(events: Iterable[Event]) -> Said:
     return found
 
 
-def read(family: Family, pieces: Sequence[Piece] | str, prompt_end: str = "", tools: bool = True) -> Said:
+def read(family: Family, pieces: Sequence[Piece] | str, prompt_end: str = "", tools: Tools | None = NO_SCHEMAS) -> Said:
     """An answer that comes piece by piece."""
     parser = family.parser(prompt_end, tools)
     events = [event for piece in pieces for event in parser.feed([piece])]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dflash_jax.engine.template import pinned_template
-from dflash_jax.server.tools import family_of, gemma4, hermes, llama3, plain, qwen3
-from dflash_jax.server.tools.events import Call, CallArguments, CallFinished, CallStarted, Text
+from dflash_jax.engine.template import ChatTemplate, pinned_template
+from dflash_jax.server.tools import Family, family_of, gemma4, hermes, llama3, plain, qwen3, qwen3_coder
+from dflash_jax.server.tools.events import Call, CallArguments, CallFinished, CallStarted, Text, spelled
 from tests.server.tools.reading import Said, marked, read
 
 GEMMA_TAGS = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>", "<|tool_response>", "<turn|>")
@@ -27,6 +27,9 @@ def test_the_family_of_gemma_4_of_llama_3_and_of_no_template() -> None:
     llama = """{{ '<|start_header_id|>assistant<|end_header_id|>' }}{{ '"parameters": ' }}"""
     assert family_of(llama) is llama3
     assert family_of(None) is plain
+    coder = "{{ '<tool_call>\\n<function=' + name + '>\\n' }}{{ '<parameter=' + key + '>\\n' }}"
+    assert family_of(coder) is qwen3_coder
+    assert family_of(coder + "{{ '</think>' }}") is qwen3_coder
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -200,7 +203,7 @@ def test_an_answer_in_json_streams() -> None:
 
 
 def test_a_call_is_told_of_in_three_events() -> None:
-    parser = hermes.parser()
+    parser = hermes.parser(tools={})
     assert parser.feed(['a <tool_call>{"name": "f", "arguments": {"b":1}}']) == [Text("a")]
     assert parser.feed(["</tool_call>"]) == [CallStarted(0, "f"), CallArguments(0, '{"b": 1}'), CallFinished(0)]
 
@@ -213,3 +216,112 @@ def test_plain_text_is_left_alone_and_hidden_tokens_stay_hidden() -> None:
 def test_lone_surrogates_do_not_reach_the_wire() -> None:
     (call,) = read(hermes, '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>').calls
     assert call.arguments == {"a": "\ufffd"}
+
+
+CODER_CALL = (
+    "<tool_call>\n<function=write>\n<parameter=path>\n/tmp/a b.py\n</parameter>\n<parameter=content>\n"
+    "\ndef f():\n  return '</parameter> </tool_call>'\n\n</parameter>\n<parameter=mode>\n{}\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+CODER_ARGUMENTS = {"path": "/tmp/a b.py", "content": "\ndef f():\n  return '</parameter> </tool_call>'\n"}
+
+
+def mode(schema: object) -> dict:
+    return {"write": {"type": "object", "properties": {"mode": schema}}}
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_qwen_3_coder_thinks_speaks_and_calls(as_tokens: bool) -> None:
+    answer = f"<think>\nHm.\n</think>\n\nLet me see.\n{CODER_CALL}\n<tool_call><function=time></function></tool_call>"
+    calls = [Call("write", CODER_ARGUMENTS | {"mode": "{}"}), Call("time", {})]
+    pieces = marked(answer, QWEN_TAGS, hidden=True) if as_tokens else answer
+    assert read(qwen3_coder, pieces) == Said("Let me see.", "Hm.", calls)
+    assert read(qwen3_coder, f"Hm.\n</think>\n\n{CODER_CALL}", "<think>\n").calls == calls[:1]
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "value"),
+    [
+        ({"type": "string"}, "5", "5"),
+        ({}, "5", "5"),
+        (None, "[5]", "[5]"),
+        ({"type": "integer"}, "5", 5),
+        ({"type": "number"}, " -2.5e3 ", -2500.0),
+        ({"type": "boolean"}, "True", True),
+        ({"type": "boolean"}, "false", False),
+        ({"type": "integer"}, "five", "five"),
+        ({"type": "number"}, "NaN", "NaN"),
+        ({"type": "array"}, '[1, {"a": null}]', [1, {"a": None}]),
+        ({"type": "array"}, "[" * 100_000, "[" * 100_000),
+        ({"$ref": "#/$defs/Mode"}, '{"a": "x\ny"}', {"a": "x\ny"}),
+        ({"type": ["string", "null"]}, "None", None),
+        ({"type": ["string", "null"]}, "5", "5"),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "null", None),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "7", 7),
+        ({"anyOf": 3, "type": 4}, "7", "7"),
+    ],
+)
+def test_the_schema_tells_the_type_of_a_value(schema: object, written: str, value: object) -> None:
+    (call,) = read(qwen3_coder, CODER_CALL.replace("{}", written), tools=mode(schema)).calls
+    assert call.arguments == CODER_ARGUMENTS | {"mode": value}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "<tool_call></tool_call>",
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+        "<tool_call><function=></function></tool_call>",
+        "<tool_call><function=f></tool_call>",
+        "<tool_call><function=f>a</function></tool_call>",
+        "<tool_call><function=f><parameter=>a</parameter></function></tool_call>",
+        "<tool_call><function=f><parameter=a>1e999</parameter></function></tool_call>",
+        "<tool_call><function=f><parameter=a>b</function></tool_call>",
+    ],
+)
+def test_a_malformed_call_of_qwen_3_coder_is_text_and_later_ones_are_found(call: str) -> None:
+    tools = {"f": {"properties": {"a": {"type": "number"}}}}
+    assert read(qwen3_coder, f"see \n{call}", tools=tools) == Said(f"see \n{call}")
+    after = f"{call}<tool_call><function=g></function></tool_call>"
+    assert read(qwen3_coder, after, tools=tools) == Said(call, "", [Call("g", {})])
+
+
+@pytest.mark.parametrize("family", [gemma4, hermes, llama3, qwen3, qwen3_coder])
+@pytest.mark.parametrize("thinking", [False, True])
+def test_calls_go_on_from_their_opening(family: Family, thinking: bool) -> None:
+    """What is rendered begins with the opening, but for the end of a thought."""
+    prompt_end = {gemma4: "<|channel>thought\n", qwen3: "<think>\n", qwen3_coder: "<think>\n"}.get(family, "")
+    prompt_end = prompt_end if thinking else ""
+    rendered = spelled(family.render([Call("look", {"at": "x"})]))
+    for name in (None, "look"):
+        start = family.opening(name, prompt_end)
+        text = spelled(start)
+        if prompt_end or family is qwen3:
+            end = {gemma4: "<channel|>", qwen3: "" if thinking else "<think>\n"}.get(family, "")
+            end += "" if family is gemma4 else "\n</think>\n\n"
+            assert text.startswith(end)
+            text = text.removeprefix(end)
+        assert rendered.startswith(text)
+        assert ("look" in text) == (name is not None)
+        rest = marked(rendered.removeprefix(text), GEMMA_TAGS) if family is gemma4 else [rendered.removeprefix(text)]
+        assert read(family, [*start, *rest], prompt_end) == Said("", "", [Call("look", {"at": "x"})])
+
+
+def test_a_model_without_calls_has_no_opening() -> None:
+    assert plain.opening("look") == plain.opening(None) == []
+
+
+@pytest.mark.parametrize(("name", "family"), [("gemma4", gemma4), ("qwen3", qwen3), ("qwen2.5", hermes)])
+def test_the_template_writes_calls_after_the_same_opening(goldens: Path, name: str, family: Family) -> None:
+    source = pinned_template(name) or (goldens / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    template = ChatTemplate(source)
+    question = {"role": "user", "content": "Hi"}
+    function = {"name": "look", "arguments": {"at": "x"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    tools = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}]
+    before = template.render([question], tools)
+    after = template.render([question, call], tools, add_generation_prompt=False)
+    # Gemma 4 is told by an empty thought not to think, which is left out of what it said before.
+    before = before.removesuffix("<|channel>thought\n<channel|>")
+    assert after.startswith(before)
+    assert after.removeprefix(before).startswith(spelled(family.opening("look", before)))

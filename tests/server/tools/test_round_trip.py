@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_jax.engine.request import Marker
-from dflash_jax.server.tools import Family, gemma4, hermes, llama3, plain, qwen3
+from dflash_jax.server.tools import Family, gemma4, hermes, llama3, plain, qwen3, qwen3_coder
 from dflash_jax.server.tools.events import Call, Piece
 from tests.server.tools.reading import Said, cut, read
 
-FAMILIES = {"gemma4": gemma4, "hermes": hermes, "llama3": llama3, "qwen3": qwen3}
+CALLING = {"gemma4": gemma4, "hermes": hermes, "llama3": llama3, "qwen3": qwen3}
+FAMILIES = {**CALLING, "qwen3_coder": qwen3_coder}
 TAGS = [
     *("<tool_call>", "</tool_call>", "<think>", "</think>", '<|"|>', "<|tool_call>", "<tool_call|>", "<|channel>"),
     *("<channel|>", '"', "'", "\\", "\n", "{", "}", "[", "]", ":", ",", ";", "\u00e9", "\U0001f642", "call:", '\\"'),
@@ -29,7 +32,7 @@ CALLS = st.builds(Call, NAMES, st.dictionaries(TEXTS, VALUES, max_size=3))
 CUTS = st.lists(st.integers(1, 7), max_size=200)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CALLING)
 @settings(deadline=None)
 @given(calls=st.lists(CALLS, min_size=1, max_size=3), cuts=CUTS)
 def test_calls_survive(name: str, calls: list[Call], cuts: list[int]) -> None:
@@ -50,9 +53,42 @@ MARKERS = st.sampled_from(
     ["<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>", "<tool_call>", "</tool_call>", "<think>"]
 ).map(lambda text: Marker(0, text, False))
 FRAGMENTS = st.sampled_from(
-    ["call:f{a:", "}", '{"name": "f", "arguments": {', '"', "}}", "thought\n", "text", "<tool_call>", "</tool_call>"]
+    [
+        *(
+            "call:f{a:",
+            "}",
+            '{"name": "f", "arguments": {',
+            '"',
+            "}}",
+            "thought\n",
+            "text",
+            "<tool_call>",
+            "</tool_call>",
+        ),
+        *("<function=f>", "<parameter=a>", "</parameter>", "</function>"),
+    ]
 )
 ANSWERS = st.lists(MARKERS | FRAGMENTS | ANY_TEXT, max_size=12)
+
+
+def schema_of(value: Any) -> dict[str, str]:
+    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+    return {"type": kinds.get(type(value), "null")}
+
+
+CODER_TEXTS = TEXTS.filter(lambda text: "</parameter>" not in text)
+CODER_CALLS = st.builds(Call, NAMES, st.dictionaries(NAMES, VALUES | CODER_TEXTS, max_size=3))
+
+
+@settings(deadline=None)
+@given(calls=st.lists(CODER_CALLS, min_size=1, max_size=3, unique_by=lambda call: call.name), cuts=CUTS)
+def test_calls_of_qwen_3_coder_survive(calls: list[Call], cuts: list[int]) -> None:
+    """Values go by the types that the tools declare."""
+    tools = {
+        call.name: {"properties": {key: schema_of(value) for key, value in call.arguments.items()}} for call in calls
+    }
+    pieces = ["Let me < see.", *qwen3_coder.render(calls), "Done."]
+    assert read(qwen3_coder, cut(pieces, cuts), tools=tools) == Said("Let me < see.Done.", "", calls)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -67,7 +103,7 @@ def test_how_an_answer_is_cut_makes_no_difference(name: str, pieces: list[Piece]
 @settings(deadline=None)
 @given(pieces=ANSWERS)
 def test_without_tools_there_are_no_calls(family: Family, pieces: list[Piece]) -> None:
-    assert read(family, pieces, tools=False).calls == []
+    assert read(family, pieces, tools=None).calls == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
