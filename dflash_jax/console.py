@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, how much is done, and how much there is (0 when nobody knows).
@@ -15,6 +17,10 @@ Amounts may be Bytes and a label a Note; who does not care takes them for the in
 
 _LOG_SECONDS = 30
 """A log shows how far a step is about this often, where amounts are bytes."""
+
+
+_OURS = ("checkpoints", "dflash_jax")
+"""Packages whose warnings are made for the person at the terminal."""
 
 
 class Bytes(int):
@@ -29,12 +35,33 @@ class Note(str):
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A function to report progress to. On a terminal there is one bar; in a log a line for each new label."""
-    if sys.stderr.isatty():
-        with _rich_bar() as show:
-            yield show
-    else:
-        yield _lines()
+    """A function to report progress to. On a terminal there is one bar; in a log a line for each new label.
+
+    Meanwhile warnings of this project are a line each, without the place in the code that they come from.
+    """
+    with _plain_warnings():
+        if sys.stderr.isatty():
+            with _rich_bar() as show:
+                yield show
+        else:
+            yield _lines()
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if category.__module__.partition(".")[0] in _OURS:
+            print("warning:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+        else:
+            before(message, category, *place, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
+from checkpoints.readers import CheckpointWarning
 from dflash_jax import console
 from dflash_jax.console import Bytes, Note
 
@@ -54,3 +57,23 @@ def test_a_terminal_keeps_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         show(Note("weights read: [fast]"), Bytes(2), Bytes(2))
         show("counting", 1, 0)
     assert "weights read: [fast]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_our_warnings_are_a_line_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setattr(console.sys.stderr, "isatty", lambda: terminal, raising=False)
+    others = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: others.append(str(message)))
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with console.progress_bar():
+            warnings.showwarning(CheckpointWarning("tensor [a] holds\n NaN"), CheckpointWarning, "a.py", 3)
+            warnings.warn("of another", UserWarning, stacklevel=1)
+            warnings.warn("ours", CheckpointWarning, stacklevel=1)
+    shown = capsys.readouterr().err
+    assert "warning: tensor [a] holds NaN\n" in shown and "warning: ours\n" in shown
+    assert "of another" not in shown and others == ["of another"]
+    assert warnings.showwarning is before

@@ -176,7 +176,7 @@ class Answer:
             store.pages.release(borrowed)
             shared.scorer_busy = False
         milliseconds = 1000 * (time.perf_counter() - started)
-        self._pflash = PflashStats(len(mask), int(session.kept.sum() + kept.sum()), keep_ratio, milliseconds)
+        self._pflash = PflashStats(len(mask), int(kept.sum()), keep_ratio, milliseconds)
         return kept
 
     def _prefill(self, session: Session) -> Iterator[None]:
@@ -246,7 +246,6 @@ class Answer:
         session.ids = np.concatenate([session.ids, tokens])
         session.kept = np.concatenate([session.kept, np.ones(len(tokens), np.bool_)])
         session.length += len(tokens)
-        self._generated.extend(tokens.tolist())
         self._steps += steps
         if draft:
             self._drafted_steps += steps
@@ -257,31 +256,32 @@ class Answer:
         if self._first_token is None:
             self._first_token = time.perf_counter()
         ended = not self.job.sampling.ignore_eos and len(tokens) > 0 and int(tokens[-1]) in self._shared.stop_ids
-        text, hit = "", False
-        markers: tuple[Marker, ...] = ()
+        text, markers, hit = "", (), False
         if self._decoder is not None:
             # A stop token ends the answer and is not part of its text, special or not.
-            decoded, markers = self._decode_text(tokens[:-1] if ended else tokens)
-            text, hit = self._stop.push(decoded)
+            text, markers, read, hit = self._read(tokens[:-1] if ended else tokens)
+            tokens = tokens[:read] if hit else tokens
+        self._generated.extend(tokens.tolist())
         self.job.on_event(TextDelta(text, tuple(tokens.tolist()), markers))
         if ended or hit:
             self._reason = "stop"
         return ended or hit
 
-    def _decode_text(self, tokens: np.ndarray) -> tuple[str, tuple[Marker, ...]]:
-        """The text that tokens complete, and the markers among them."""
+    def _read(self, tokens: np.ndarray) -> tuple[str, tuple[Marker, ...], int, bool]:
+        """Text and markers of tokens up to a stop string, how many tokens these are, and whether there is one."""
         tokenizer, decoder = self._shared.tokenizer, self._decoder
         assert tokenizer is not None
         assert decoder is not None
-        text, markers = "", []
-        for token in tokens.tolist():
-            text += decoder.push(token)
+        text, markers, count, hit = "", [], 0, False
+        while count < len(tokens) and not hit:
+            token = int(tokens[count])
+            decoded = decoder.push(token)
+            shown, hit = self._stop.push(decoded)
+            text, count, self._characters = text + shown, count + 1, self._characters + len(decoded)
             if token in tokenizer.markup_ids:
                 hidden, string = token in tokenizer.special_ids, tokenizer.token(token) or ""
-                place = self._characters + len(text) - (0 if hidden else len(string))
-                markers.append(Marker(place, string, hidden))
-        self._characters += len(text)
-        return text, tuple(markers)
+                markers.append(Marker(self._characters - (0 if hidden else len(string)), string, hidden))
+        return text, tuple(markers), count, hit
 
     def _observe(self, session: Session) -> None:
         if self._shared.fixed_keep_ratio is not None:

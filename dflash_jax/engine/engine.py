@@ -6,6 +6,7 @@ import dataclasses
 import queue
 import secrets
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dflash_jax.engine.compilation import compilations
 from dflash_jax.engine.loading import Model, Progress, load_model
 from dflash_jax.engine.programs import Programs
 from dflash_jax.engine.request import (
+    EngineWarning,
     Event,
     Finished,
     PflashScope,
@@ -77,6 +79,8 @@ class Engine:
             raise ValueError(f"keep ratio {keep_ratio} is not in (0, 1]: give the fraction of prompt tokens to keep")
         target, scorer, profile = model.target, model.scorer, model.profile
         max_sessions = max_sessions or profile.max_sessions
+        if dflash == "on" and model.drafter is None:
+            _warn("DFlash is on but there is no drafter, so that nothing is drafted: name one (--drafter)")
         self.model_id = model.model_id
         self.context_length = _context_length(context_length, target.config)
         self._tokenizer, self._template = model.tokenizer, model.template
@@ -299,7 +303,13 @@ def _request(prompt: str | Sequence[Mapping[str, Any]], options: dict[str, Any])
 def _context_length(asked: int | None, config: ModelConfig) -> int:
     if asked is not None and asked < 1:
         raise ValueError(f"context length {asked} is not a positive number")
+    if asked is not None and asked > config.context_length:
+        _warn(f"a context of {asked} tokens was asked for, the model has {config.context_length}: that is what it gets")
     return min(asked or config.context_length, config.context_length)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, EngineWarning, stacklevel=3)
 
 
 def _bytes(model: Decoder) -> int:

@@ -19,6 +19,10 @@ class RequestError(ValueError):
         self.param = param
 
 
+class EngineWarning(UserWarning):
+    """An option that does not do what one may think, and that the engine goes on after."""
+
+
 class OverloadedError(RuntimeError):
     """The queue is full; `retry_after` is a hint in seconds."""
 
@@ -64,7 +68,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class PflashStats:
-    """What pruning did to a prompt; `keep_ratio` is the controller's ratio for the new spans."""
+    """What pruning did to the tokens of a prompt that are new; what was decided about earlier ones stays.
+
+    `keep_ratio` is the controller's ratio for the new spans.
+    """
 
     scored_tokens: int
     kept_tokens: int

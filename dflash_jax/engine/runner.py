@@ -14,7 +14,10 @@ _log = logging.getLogger(__name__)
 
 
 class Runner:
-    """Runs answers until it is closed. Every method may be called from any thread."""
+    """Runs answers until it is closed. Every method may be called from any thread.
+
+    The list of what runs belongs to the device thread; others ask for its length only.
+    """
 
     def __init__(self, shared: Shared, *, max_sessions: int, max_queue: int = 64) -> None:
         self._shared = shared
@@ -23,6 +26,7 @@ class Runner:
         self._running: list[tuple[Answer, Generator[None, None, None]]] = []
         self._change = threading.Condition()
         self._closing = False
+        self._abandoning = False
         self._thread = threading.Thread(target=self._run, name="dflash-jax device", daemon=True)
         self._thread.start()
 
@@ -56,9 +60,7 @@ class Runner:
         """Takes no more jobs, finishes the accepted ones (or cancels them) and waits for the thread to end."""
         with self._change:
             self._closing = True
-            if not drain:
-                for job in [*self._waiting, *(answer.job for answer, _ in self._running)]:
-                    job.cancelled = True
+            self._abandoning = not drain
             self._change.notify()
         self._thread.join()
 
@@ -77,16 +79,19 @@ class Runner:
                     self._running.remove((answer, steps))
 
     def _admit(self) -> None:
-        for job in [job for job in self._waiting if job.cancelled]:
+        for job in [job for job in self._waiting if self._is_cancelled(job)]:
             self._waiting.remove(job)
             _finish(Answer(job, self._shared), "cancelled")
         while self._waiting and len(self._running) < self._max_sessions:
             answer = Answer(self._waiting.popleft(), self._shared)
             self._running.append((answer, answer.steps()))
 
+    def _is_cancelled(self, job: Job) -> bool:
+        return job.cancelled or self._abandoning
+
     def _advance(self, answer: Answer, steps: Generator[None, None, None]) -> bool:
         """One turn of an answer; whether it goes on. Whatever goes wrong ends this answer alone."""
-        if answer.job.cancelled:
+        if self._is_cancelled(answer.job):
             steps.close()
             _finish(answer, "cancelled")
             return False

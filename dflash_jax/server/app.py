@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 
@@ -33,7 +34,8 @@ def create_app(engine: Engine, *, api_key: str | None = None, keep_alive: float 
     """The application over an engine that is ready.
 
     With an `api_key`, every path but /health wants it as a Bearer token (or as x-api-key). While an answer is silent, a
-    comment is streamed every `keep_alive` seconds. No CORS headers are sent, so pages of other origins read nothing.
+    comment is streamed every `keep_alive` seconds. Setting the event `app.state.stopping` gives up requests whose body
+    has not come yet. No CORS headers are sent, so pages of other origins read nothing.
     """
     counts = metrics.Metrics(engine.gauges)
     middleware = [Middleware(_Count, metrics=counts)]
@@ -45,6 +47,7 @@ def create_app(engine: Engine, *, api_key: str | None = None, keep_alive: float 
     app.state.family = family_of(engine.chat_template)
     app.state.metrics = counts
     app.state.keep_alive = keep_alive
+    app.state.stopping = asyncio.Event()
     app.state.started = int(time.time())
     return app
 

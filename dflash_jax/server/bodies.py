@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
 import pydantic
@@ -12,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from dflash_jax.engine.request import Sampling
-from dflash_jax.server.errors import ApiError
+from dflash_jax.server.errors import ApiError, overloaded
 
 MAX_BODY_BYTES = 16 * 2**20
 BODY_SECONDS = 60.0
@@ -32,6 +34,12 @@ _SESSION_HEADERS = (
 _Body = TypeVar("_Body", bound=BaseModel)
 
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+"""An escape in a JSON string; a surrogate that is not part of a pair is a `half`."""
 
 _TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_SESSION_CHARACTERS)] | None
 
@@ -164,14 +172,15 @@ class CompletionBody(GenerationBody):
 
 
 async def read_body(request: Request, record: type[_Body]) -> _Body:
-    """The body of a request as a record. Raises ApiError 400, 408 or 413, and ClientDisconnect."""
-    return parse(await _read(request), record)
+    """The body of a request as a record. Raises ApiError 400, 408, 413 or 503, and ClientDisconnect."""
+    stopping: asyncio.Event = request.app.state.stopping
+    return parse(await _unless(stopping, _read(request)), record)
 
 
 def parse(data: bytes | bytearray, record: type[_Body]) -> _Body:
     """JSON bytes as a record. Raises ApiError that names the field which is wrong."""
     try:
-        value = pydantic_core.from_json(bytes(data).removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
+        value = _from_json(bytes(data).removeprefix(b"\xef\xbb\xbf"))
     except ValueError as error:
         raise ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(value, dict):
@@ -182,17 +191,42 @@ def parse(data: bytes | bytearray, record: type[_Body]) -> _Body:
         raise _field_error(error) from error
 
 
+def _from_json(data: bytes) -> Any:
+    try:
+        return pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError:
+        # Half a surrogate pair is what is left of text that was cut somewhere: no reason to refuse a conversation.
+        whole = _ESCAPE.sub(lambda escape: rb"\ufffd" if escape["half"] else escape[0], data)
+        if whole == data:
+            raise
+        return pydantic_core.from_json(whole, allow_inf_nan=False)
+
+
 def _field_error(error: pydantic.ValidationError) -> ApiError:
-    first = error.errors(include_url=False)[0]
+    # Where a field may be of several types, what is wrong within the one that was sent says more than the others.
+    first = min(error.errors(include_url=False), key=lambda each: (each["type"].endswith("_type"), -len(each["loc"])))
     # Behind the field's name stand indices of lists, but also the names of the alternatives of a union.
     field = str(first["loc"][0]) + "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
-    given = "" if first["type"] == "missing" else f", not {_short(first['input'])}"
+    given = "" if first["type"] in ("missing", "too_long") else f", not {_short(first['input'])}"
     return ApiError(400, f"{field}: {first['msg'].lower()}{given}", param=field)
 
 
 def _short(value: Any) -> str:
     text = repr(value) if not isinstance(value, list | dict) else f"a {type(value).__name__} of {len(value)}"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+async def _unless(stopping: asyncio.Event, reading: Coroutine[Any, Any, bytearray]) -> bytearray:
+    """What is being read, unless the server stops before it has come: nobody waits for half a body then."""
+    task, stop = asyncio.ensure_future(reading), asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise overloaded("the server is shutting down")
+        return task.result()
+    finally:
+        task.cancel()
+        stop.cancel()
 
 
 async def _read(request: Request) -> bytearray:

@@ -46,10 +46,15 @@ def serve(engine: Engine | Callable[[Progress], Engine], host: str, port: int, a
 class _Server(uvicorn.Server):
     """Takes SIGTERM as calmly as SIGINT, and ends the process with status 0 when answers have been finished."""
 
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
+        asyncio.get_running_loop().call_soon_threadsafe(self._stopping.set)
         waiting = len(self.server_state.tasks)
         note = f"finishing {waiting} running answers; once more quits at once" if waiting else "stopping"
         print(f"\n{signal.Signals(sig).name}: {note}", file=sys.stderr, flush=True)
@@ -66,7 +71,7 @@ def _run(engine: Engine, listener: socket.socket, api_key: str | None) -> None:
         server_header=False,
         timeout_keep_alive=30,
     )
-    asyncio.run(_Server(config).serve(sockets=[listener]))
+    asyncio.run(_Server(config, app.state.stopping).serve(sockets=[listener]))
 
 
 def _bind(host: str, port: int) -> socket.socket:

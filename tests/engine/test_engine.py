@@ -14,7 +14,17 @@ import pytest
 from dflash_jax.engine import self_check
 from dflash_jax.engine.engine import Engine
 from dflash_jax.engine.programs import Programs
-from dflash_jax.engine.request import Event, Finished, OverloadedError, Request, RequestError, Sampling, TextDelta
+from dflash_jax.engine.request import (
+    EngineWarning,
+    Event,
+    Finished,
+    OverloadedError,
+    Request,
+    RequestError,
+    Sampling,
+    TextDelta,
+)
+from dflash_jax.engine.tokenizer import IncrementalDecoder
 from tests.tiny import DRAFTER, ScriptedDrafter, tiny_drafter, tiny_model
 
 CHAT = [{"role": "user", "content": "Say something."}]
@@ -179,6 +189,53 @@ def test_stop_string_ends_the_text_before_it(engine: Engine) -> None:
     assert cut.text == whole.text[: whole.text.index(stop)]
 
 
+def test_tokens_after_a_stop_string_do_not_count(make: Callable[..., Engine], engine: Engine) -> None:
+    whole = engine.generate(CHAT, max_tokens=30, ignore_eos=True)
+    tokenizer = engine._tokenizer
+    assert tokenizer is not None
+    texts = [IncrementalDecoder(tokenizer).push(whole.token_ids[:count]) for count in range(31)]
+    stop = whole.text[8:11]
+    needed = next(count for count, text in enumerate(texts) if stop in text)
+    # A drafter that knows the answer, so that a visit brings many tokens.
+    script = [0] * whole.stats.prompt_tokens + list(whole.token_ids)
+    drafting = make(tiny_model(ScriptedDrafter(tiny_model().target, script)), dflash="on", pflash="off")
+    cut = drafting.generate(CHAT, max_tokens=30, ignore_eos=True, stop=stop)
+    assert cut.stats.dflash is not None
+    assert needed < 16 <= cut.stats.dflash.committed_tokens
+    assert cut.token_ids == whole.token_ids[:needed]
+    assert cut.stats.completion_tokens == needed
+
+
+def test_closing_leaves_what_runs_to_the_device_thread(make: Callable[..., Engine]) -> None:
+    class OwnThreadOnly(list):
+        def __iter__(self) -> Iterator[Any]:
+            assert threading.current_thread().name == "dflash-jax device"
+            return super().__iter__()
+
+    engine = make(tiny_model(), pflash="off")
+    runner = engine._running()
+    runner._running = OwnThreadOnly()
+    collectors = [Collector() for _ in range(8)]
+    for collector in collectors:
+        engine.submit(Request(messages=CHAT, sampling=Sampling(ignore_eos=True)), collector)
+    assert isinstance(collectors[0].events.get(timeout=60), TextDelta)
+    engine.close()
+    assert {collector.finish().reason for collector in collectors} == {"cancelled"}
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"dflash": "on"}, "DFlash is on but there is no drafter"),
+        ({"context_length": 513}, "a context of 513 tokens was asked for, the model has 512"),
+    ],
+)
+def test_options_that_do_nothing_are_told_of(make: Callable[..., Engine], options: dict, found: str) -> None:
+    with pytest.warns(EngineWarning, match=found):
+        engine = make(tiny_model(), pflash="off", **options)
+    assert engine.context_length == 512
+
+
 def test_prompt_beyond_the_window_is_refused_and_max_tokens_is_clamped(engine: Engine) -> None:
     with pytest.raises(RequestError, match="maximum context length is 512") as refused:
         engine.generate([{"role": "user", "content": "x" * 600}])
@@ -299,6 +356,8 @@ def test_pruned_prompt_keeps_its_budget_and_only_grows(make: Callable[..., Engin
     assert np.array_equal(session.kept[: first.stats.prompt_tokens], frozen[: first.stats.prompt_tokens])
     assert second.stats.pflash is not None
     assert second.stats.pflash.scored_tokens < second.stats.prompt_tokens
+    new = slice(second.stats.prompt_tokens - second.stats.pflash.scored_tokens, second.stats.prompt_tokens)
+    assert second.stats.pflash.kept_tokens == session.kept[new].sum()
 
 
 def test_keep_ratio_of_one_changes_nothing(make: Callable[..., Engine], engine: Engine) -> None:

@@ -26,7 +26,8 @@ def _error(answer, status=400):
         b"\xff\xfe{\x00}\x00",
         b'{"messages": "\xff"}',
         b'{"messages": NaN}',
-        b'{"messages": "\\ud800"}',
+        b'{"messages": "\\ud800", }',
+        b'{"messages": "\xed\xa0\x80"}',
         b"[" * 1_000_000,
         b'{"seed": ' + b"9" * 5000 + b"}",
         gzip.compress(b"{}"),
@@ -119,6 +120,38 @@ def test_what_cannot_be_done_is_said(server, field, value):
 )
 def test_what_clients_send_besides_is_accepted(server, extra):
     assert server.http.post(CHAT, content=f"{{{MESSAGES}, {extra}}}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        (r"\ud800", "\ufffd"),
+        (r"a\uDFFFb", "a\ufffdb"),
+        (r"\ud83d\n", "\ufffd\n"),
+        (r"\udc00\ud83d\ude00\uD83D", "\ufffd\U0001f600\ufffd"),
+        (r"\\ud800\ud800", "\\ud800\ufffd"),
+        (r"\ud800\ud83d\ude00", "\ufffd\U0001f600"),
+        (r"\"\ud800\\", '"\ufffd\\'),
+    ],
+)
+def test_half_a_surrogate_pair_is_replaced(server, sent, read):
+    answer = server.http.post(CHAT, content=f'{{"messages": [{{"role": "user", "content": "{sent}"}}]}}')
+    assert answer.status_code == 200
+    assert server.engine.handles[-1].request.messages[0]["content"] == read
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        (["a"] * 17, "stop: list should have at most 16 items after validation, not 17"),
+        (["a", 3], "stop[1]: input should be a valid string, not 3"),
+        (["a", ""], "stop[1]: string should have at least 1 character, not ''"),
+        ("", "stop: string should have at least 1 character, not ''"),
+    ],
+)
+def test_what_is_wrong_with_stop_strings_is_said(server, stop, message):
+    answer = server.http.post(CHAT, json={"messages": [{"role": "user", "content": "hi"}], "stop": stop})
+    assert _error(answer)["message"] == message
 
 
 def test_a_byte_order_mark_is_no_reason_to_refuse(server):

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -82,6 +83,18 @@ def test_an_idle_server_stops_at_once():
     with _server(words=1) as (process, url):
         assert httpx.get(f"{url}/models").status_code == 200
         process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=2) == 0
+
+
+def test_a_request_whose_body_has_not_come_does_not_hold_up_the_end():
+    with _server(words=1) as (process, url):
+        with socket.create_connection(("127.0.0.1", httpx.URL(url).port), timeout=5) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            time.sleep(0.3)  # until the server waits for the rest
+            process.send_signal(signal.SIGTERM)
+            answer = b"".join(iter(lambda: client.recv(1000), b""))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"the server is shutting down" in answer
         assert process.wait(timeout=2) == 0
 
 
