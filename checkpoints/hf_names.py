@@ -13,6 +13,7 @@ _DRAFTER_TOP = {
     "fc.weight": "feature_projection",
     "hidden_norm.weight": "feature_norm",
     "norm.weight": "final_norm",
+    **{f"path_selector.{name}.weight": f"path.{name}" for name in ("previous", "mix", "out")},
 }
 _GEMMA4_TOP = {
     **_TOP,
@@ -94,6 +95,15 @@ def canonical_name(name: str, config: ModelConfig | DrafterConfig) -> str | None
     kind, _, rest = short.partition(".")
     index, _, rest = rest.partition(".")
     return f"layers.{index}.{layer[rest]}" if kind == "layers" and index.isdecimal() and rest in layer else None
+
+
+def drafter_name(ours: str) -> str:
+    """z-lab's name for one of a drafter's parameters: what `canonical_name` gives back."""
+    top = {own: name for name, own in _DRAFTER_TOP.items()}
+    if ours in top:
+        return top[ours]
+    _, index, rest = ours.split(".", 2)
+    return f"layers.{index}.{next(name for name, own in _LAYER.items() if own == rest)}"
 
 
 def is_other_modality(name: str) -> bool:

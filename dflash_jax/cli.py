@@ -255,6 +255,69 @@ def _verify(path: Path) -> list[str]:
         return checkpoints.verify(path, progress)
 
 
+@main.command(name="train-drafter")
+@click.argument("model", type=_FILE)
+@click.argument("out", type=_FILE)
+@click.option("--data", type=_INPUT_FILE, help="Prompts as JSON lines; without it the target asks itself.")
+@click.option("--samples", type=_INPUT_FILE, multiple=True, help="samples.npz of another run: nothing is written anew.")
+@click.option("--tokens", type=click.IntRange(min=1), default=12_000_000, show_default=True, help="To write first.")
+@click.option("--slots", type=click.IntRange(min=1), default=512, show_default=True, help="Written at the same time.")
+@click.option("--room", type=click.IntRange(min=128), default=1024, show_default=True, help="Tokens per conversation.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=8.0, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="Stop after so many steps, if that comes first.")
+@click.option("--again", is_flag=True, help="Train on from the drafter that OUT has, as a new run.")
+@click.option("--layers", type=click.IntRange(1, 32))
+@click.option("--features", type=click.IntRange(1, 16), help="Target layers that the drafter reads.")
+@click.option("--block-size", type=click.IntRange(2, 64))
+@click.option("--path-rank", type=click.IntRange(min=0), help="Rank of the path selector; 0 for none.")
+@click.option("--window", type=click.IntRange(min=1), help="Context tokens that the drafter sees.")
+@click.option("--weighting", type=click.Choice(["d-pace", "decay"]))
+@click.option("--optimiser", type=click.Choice(["muon", "adamw"]))
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Peak learning rate.")
+@click.option("--batch-tokens", type=click.IntRange(min=128))
+@click.option("--tokens-per-anchor", type=click.IntRange(min=1))
+@click.option("--seed", type=int, default=0, show_default=True)
+def train_drafter(
+    model: Path,
+    out: Path,
+    data: Path | None,
+    samples: tuple[Path, ...],
+    tokens: int,
+    slots: int,
+    room: int,
+    minutes: float,
+    steps: int | None,
+    again: bool,
+    seed: int,
+    **recipe: Any,
+) -> None:
+    """Train a drafter for MODEL (`default` is the default model) into the folder OUT.
+
+    A run that was stopped goes on when the same command is given again.
+    """
+    from dflash_jax.console import progress_bar
+    from dflash_jax.train.recipe import Recipe
+    from dflash_jax.train.run import Length, run
+
+    with progress_bar() as progress:
+        report = run(
+            None if str(model) == "default" else model,
+            out,
+            recipe=Recipe(**{name: value for name, value in recipe.items() if value is not None}),
+            data=data,
+            samples=samples,
+            tokens=tokens,
+            slots=slots,
+            room=room,
+            length=Length(60 * minutes, steps),
+            seed=seed,
+            again=again,
+            progress=progress,
+        )
+    click.echo(f"accept length on held-out samples: {report['held_out_accept_length']} ({report['steps']} steps)")
+    click.echo(f"{out} is ready: dflash-jax serve {model} --drafter {out}")
+
+
 @main.group()
 def bench() -> None:
     """Measure on this machine."""
@@ -262,11 +325,18 @@ def bench() -> None:
 
 @bench.command()
 @_model
-@_prompts
+@click.option(
+    "--prompts",
+    type=_INPUT_FILE,
+    multiple=True,
+    help='JSON lines: {"messages": [...]} or {"prompt": "..."}; may be repeated, files are summed up one by one.',
+)
 @_json_file
 @_plot
 @_drafter
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens per answer.")
+@click.option("--limit", type=click.IntRange(min=1), help="Take the first prompts of each file.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
 @click.option("--shape", type=click.Choice(["gemma4-31b", "gemma4-12b", "qwen3-8b"]), help="A big model's sizes.")
 @click.option("--random", "random_weights", is_flag=True, help="Random weights for --shape; no MODEL is read.")
 @click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="With --shape; may be repeated.")

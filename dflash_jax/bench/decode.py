@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,22 @@ from dflash_jax.engine.request import Result
 def run(
     model: Path | None,
     *,
-    prompts: Path | None = None,
+    prompts: Sequence[Path] = (),
     json_file: Path | None = None,
     plot: Path | None = None,
     drafter: Path | None = None,
     max_tokens: int = 128,
+    limit: int | None = None,
+    temperature: float = 0.0,
 ) -> dict[str, Any]:
-    """Answers every prompt greedily, without and (if there is a drafter) with DFlash, prints a table,
-    returns the report.
+    """Answers every prompt without and (if there is a drafter) with DFlash, prints a table, returns the report.
 
     Both run prompt by prompt, one after the other, so that a busy machine slows both alike. Rates are tokens of the
-    answer over seconds after prefill; totals are all tokens over all seconds.
+    answer over seconds after prefill; totals, of each file of prompts and of all, are all tokens over all seconds.
+    `limit` takes the first prompts of each file.
     """
     check_plot(plot)
-    chats = read_prompts(prompts)
+    chats = [(file.stem if file else "own", chat) for file in prompts or (None,) for chat in read_prompts(file)[:limit]]
     with progress_bar() as progress:
         loaded = load_model(model, drafter=drafter, progress=progress)
         rows = []
@@ -42,12 +44,22 @@ def run(
             fast = None
             if loaded.drafter is not None:
                 fast = stack.enter_context(_ready(Engine(loaded, dflash="on", pflash="off"), progress))
-            for index, chat in enumerate(chats):
+            options: Any = {"max_tokens": max_tokens, "temperature": temperature, "seed": 0}
+            for index, (name, chat) in enumerate(chats):
                 progress("prompts", index, len(chats))
-                one = plain.generate(chat, max_tokens=max_tokens)
-                rows.append(_row(one, fast.generate(chat, max_tokens=max_tokens) if fast else None))
+                one = plain.generate(chat, **options)
+                rows.append(_row(name, one, fast.generate(chat, **options) if fast else None))
             progress("prompts", len(chats), len(chats))
-    report = {**environment(), "model": loaded.model_id, "rows": [row for row, _, _ in rows], "total": _total(rows)}
+    report = {
+        **environment(),
+        "model": loaded.model_id,
+        "temperature": temperature,
+        "rows": [row for row, _, _ in rows],
+        "sets": {
+            name: _total([row for row in rows if row[0]["set"] == name]) for name in dict.fromkeys(n for n, _ in chats)
+        },
+        "total": _total(rows),
+    }
     _print(report)
     write(json_file, report)
     plot_decode(plot, report)
@@ -63,12 +75,15 @@ def _ready(engine: Engine, progress: Any) -> Iterator[Engine]:
         engine.close()
 
 
+_MOST_LINES = 20
+"""Prompts that are shown one by one; more are only summed up (--json has them all)."""
 Row = tuple[dict[str, Any], Result, Result | None]
 
 
-def _row(plain: Result, fast: Result | None) -> Row:
+def _row(name: str, plain: Result, fast: Result | None) -> Row:
     dflash = fast.stats.dflash if fast else None
     row = {
+        "set": name,
         "prompt_tokens": plain.stats.prompt_tokens,
         "new_tokens": plain.stats.completion_tokens,
         "tok_s_plain": round(plain.stats.decode_tokens_per_second, 2),
@@ -99,6 +114,7 @@ def _total(rows: list[Row]) -> dict[str, Any]:
 
 def _print(report: dict[str, Any]) -> None:
     columns = {
+        "prompts": "set",
         "prompt": "prompt_tokens",
         "new": "new_tokens",
         "plain tok/s": "tok_s_plain",
@@ -109,6 +125,8 @@ def _print(report: dict[str, Any]) -> None:
     table = Table(title=f"{report['model']} on {report['device']}", caption="rates after prefill; last line: in total")
     for title in columns:
         table.add_column(title, justify="right")
-    for row in [*report["rows"], report["total"]]:
+    sets = [{**total, "set": f"all of {name}"} for name, total in report["sets"].items()]
+    rows = report["rows"] if len(report["rows"]) <= _MOST_LINES else []
+    for row in [*rows, *(sets if len(sets) > 1 else ()), {**report["total"], "set": "all"}]:
         table.add_row(*("-" if row[key] is None else str(row[key]) for key in columns.values()))
     Console().print(table)

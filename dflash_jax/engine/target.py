@@ -14,9 +14,8 @@ from jaxtyping import Array, Float, Int
 import checkpoints
 from dflash_jax.engine.profile import profile_for_device
 from dflash_jax.models.config import ModelConfig
-from dflash_jax.models.decoder import Decoder, Pass, Place, empty_pools
-
-_PAGE_SIZE = 128
+from dflash_jax.models.decoder import Decoder
+from dflash_jax.models.whole import read_whole
 
 
 class Target:
@@ -53,24 +52,14 @@ def load_target(path: str | Path | None = None) -> Target:
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _logits(graph: nnx.GraphDef[Decoder], state: nnx.State, dtype: jnp.dtype, ids: Array) -> Array:
     decoder = nnx.merge(graph, state)
-    return decoder.logits(_run(decoder, dtype, ids, ()).hidden)
+    return decoder.logits(read_whole(decoder, ids, dtype=dtype).hidden)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 4))
 def _features(
     graph: nnx.GraphDef[Decoder], state: nnx.State, dtype: jnp.dtype, ids: Array, layers: tuple[int, ...]
 ) -> Array:
-    features = _run(nnx.merge(graph, state), dtype, ids, layers).features
+    features = read_whole(nnx.merge(graph, state), ids, dtype=dtype, capture=layers).features
     if features is None:
         raise ValueError("no layers were asked for")
     return features.astype(jnp.float32)
-
-
-def _run(decoder: Decoder, dtype: jnp.dtype, ids: Array, layers: tuple[int, ...]) -> Pass:
-    batch, tokens = ids.shape
-    pages = -(-tokens // _PAGE_SIZE)
-    table = 1 + jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages)
-    positions = jnp.tile(jnp.arange(tokens, dtype=jnp.int32)[None], (batch, 1))
-    place = Place(table, jnp.zeros(batch, jnp.int32), positions, _PAGE_SIZE)
-    pools = empty_pools(decoder.config, num_pages=1 + batch * pages, page_size=_PAGE_SIZE, dtype=dtype)
-    return decoder(ids, pools, place, capture=layers)

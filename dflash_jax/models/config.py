@@ -169,6 +169,8 @@ class DrafterConfig:
     num_target_layers: int | None
     """None where the source does not say."""
     vocab_size: int
+    path_rank: int = 0
+    """Rank of the path selector; 0 is a drafter without one (DFlash 1)."""
 
     @property
     def num_layers(self) -> int:

@@ -246,6 +246,11 @@ class Decoder(nnx.Module):
         never = self.config.suppressed_ids
         return scores.at[..., jnp.asarray(never)].set(-jnp.inf) if never else scores
 
+    def head_rows(self, ids: Int[Array, "slots rows"]) -> Float[Array, "slots rows dim"]:
+        """The head's weights for some tokens: what `project` multiplies hidden states with."""
+        weight = self.embedding if self.head is None else self.head.weight
+        return quantised_matmul.take_rows(weight.get_value(), ids, self.config.hidden_size).astype(self.dtype)
+
 
 def empty_pools(config: ModelConfig, *, num_pages: int, page_size: int, dtype: DTypeLike) -> tuple[KvPool, ...]:
     """Zeroed K and V pools of the layers that have their own (the first ones); page 0 is the one that nobody reads."""

@@ -56,14 +56,27 @@ class DrafterLayer(nnx.Module):
         k, v = jnp.split(self.kv(x).reshape(*x.shape[:2], -1, self.config.head_dim), 2, axis=2)
         return rotate(self.k_norm(k), rope), v
 
+    def queries(
+        self, normed: Float[Array, "slots rows dim"], rope: tuple[Array, Array]
+    ) -> Float[Array, "slots rows heads head_dim"]:
+        """Queries (normed and rotated) of block rows."""
+        q = self.q(normed).reshape(*normed.shape[:2], self.config.num_heads, self.config.head_dim)
+        return rotate(self.q_norm(q), rope)
+
+    def finish(
+        self, x: Float[Array, "slots rows dim"], mixed: Float[Array, "slots rows heads head_dim"]
+    ) -> Float[Array, "slots rows dim"]:
+        """The residual stream after the layer, given what attention has mixed."""
+        x = x + self.out(mixed.reshape(*x.shape[:2], -1))
+        return x + self.mlp(self.mlp_norm(x))
+
     def __call__(
         self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place
     ) -> tuple[Float[Array, "slots rows dim"], KvPool]:
         normed = self.attention_norm(x)
-        q = self.q(normed).reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
         pool = write_rows(pool, *self.keys_values(normed, rope), place.page_table, place.starts, place.page_size)
         mixed = block_attention(
-            rotate(self.q_norm(q), rope),
+            self.queries(normed, rope),
             *pool,
             place.page_table,
             place.starts,
@@ -72,8 +85,24 @@ class DrafterLayer(nnx.Module):
             window=self.config.windows[self.index],
             causal=self.config.causal[self.index],
         )
-        x = x + self.out(mixed.reshape(*x.shape[:2], -1))
-        return x + self.mlp(self.mlp_norm(x)), pool
+        return self.finish(x, mixed), pool
+
+
+class PathSelector(nnx.Module):
+    """Corrects a row's hidden state for the token before it, which the parallel pass could not know.
+
+    `hidden + out(previous(embedding) * mix(hidden))`: in logits this is DFlash 2's selector, a bilinear form of rank
+    `path_rank` between the token before and the token proposed, with codebooks that are projections of the target's
+    embedding and head.
+    """
+
+    def __init__(self, parameters: Mapping[str, Weight]) -> None:
+        self.previous = Linear(parameters["previous"])
+        self.mix = Linear(parameters["mix"])
+        self.out = Linear(parameters["out"])
+
+    def __call__(self, hidden: Float[Array, "... dim"], previous: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+        return hidden + self.out(self.previous(previous) * self.mix(hidden))
 
 
 class Drafter(nnx.Module):
@@ -88,6 +117,11 @@ class Drafter(nnx.Module):
             [DrafterLayer(below(parameters, f"layers.{index}."), config, index) for index in range(config.num_layers)]
         )
         self.final_norm = RMSNorm(dense(parameters["final_norm"]), eps=config.norm_eps)
+        self.path = PathSelector(below(parameters, "path.")) if config.path_rank else None
+
+    def context(self, features: Float[Array, "slots rows features"]) -> Float[Array, "slots rows dim"]:
+        """What all layers make the keys and values of committed tokens from."""
+        return self.feature_norm(self.feature_projection(features))
 
     def read(
         self, features: Float[Array, "slots rows features"], pools: Sequence[KvPool], place: Place
@@ -96,7 +130,7 @@ class Drafter(nnx.Module):
 
         Rows that turn out to be rejected need no undoing: the next block's rows overwrite them before anybody reads.
         """
-        context = self.feature_norm(self.feature_projection(features))
+        context = self.context(features)
         rope = rope_tables(self.config.rope, self.config.head_dim, place.positions)
         return tuple(
             write_rows(pool, *layer.keys_values(context, rope), place.page_table, place.starts, place.page_size)

@@ -384,7 +384,44 @@ def drafter_from_hf(config: Fields) -> DrafterConfig:
         causal=tuple(slides if is_causal is None else bool(is_causal) for slides in sliding),
         num_target_layers=num_target_layers,
         vocab_size=vocab_size,
+        path_rank=_optional_count(options, "path_rank", f"dflash_config in {where}", 0, least=0),
     )
+
+
+def drafter_to_hf(config: DrafterConfig) -> dict[str, Any]:
+    """The `config.json` of a drafter in z-lab's spelling; `drafter_from_hf` reads it back.
+
+    Raises ConfigError for one that this spelling cannot say: windows or masks that differ from layer to layer.
+    """
+    windows = {window for window in config.windows if window is not None}
+    if len(windows) > 1 or len(set(config.causal)) > 1:
+        raise ConfigError(f"windows {config.windows} and causal {config.causal}: expected one of each")
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "attention_bias": False,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.theta,
+        "vocab_size": config.vocab_size,
+        "num_target_layers": config.num_target_layers,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in config.windows],
+        "sliding_window": next(iter(windows), None),
+        "is_causal": config.causal[0],
+        "block_size": config.block_size,
+        "dtype": "bfloat16",
+        "dflash_config": {
+            "mask_token_id": config.mask_id,
+            "target_layer_ids": list(config.target_layers),
+            **({"path_rank": config.path_rank} if config.path_rank else {}),
+        },
+    }
 
 
 _DRAFTER_VARIANTS = {

@@ -118,4 +118,10 @@ def drafter_parameters(config: DrafterConfig) -> dict[str, Parameter]:
         }
         table |= {f"layers.{index}.{name}": parameter for name, parameter in names.items()}
     table["final_norm"] = Parameter((hidden,))
+    if config.path_rank:
+        table |= {
+            "path.previous": Parameter((config.path_rank, hidden), matrix=True),
+            "path.mix": Parameter((config.path_rank, hidden), matrix=True),
+            "path.out": Parameter((hidden, config.path_rank), matrix=True),
+        }
     return table

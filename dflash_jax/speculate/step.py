@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dflash_jax.models.decoder import Decoder, Place
 from dflash_jax.models.drafter import Drafter, block_tokens
 from dflash_jax.models.layers import KvPool
+from dflash_jax.speculate.path import choose_path
 from dflash_jax.speculate.sampling import SamplingParameters, greedy, sample
 
 
@@ -83,7 +84,11 @@ def propose(
     block = block_tokens(slots.anchor, drafter.config)
     place = _place(slots, block.shape[1], page_size)
     hidden, drafter_pools = drafter(target.embed(block), pools.drafter, place)
-    proposals = greedy(target.project(hidden[:, 1:rows]))
+    selector = drafter.path if drafter.config.path_rank else None
+    if selector is None:
+        proposals = greedy(target.project(hidden[:, 1:rows]))
+    else:
+        proposals = choose_path(target, selector, hidden[:, 1:rows], slots.anchor)
     return proposals, dataclasses.replace(pools, drafter=drafter_pools)
 
 

@@ -1,0 +1,111 @@
+"""How training conversations begin: prompts of the user's own, or beginnings of questions that the target completes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dflash_jax.engine.request import RequestError
+from dflash_jax.engine.template import ChatTemplate
+from dflash_jax.engine.tokenizer import Tokenizer
+
+_CUT = "\ufdd1"
+"""Stands where a rendered conversation is cut; a noncharacter, which no template touches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """Messages of which the last is the user's; if not `whole`, the target goes on writing that one."""
+
+    messages: tuple[dict[str, Any], ...]
+    whole: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Openings:
+    """Openings, and how many lines of a file were none."""
+
+    found: tuple[Opening, ...]
+    skipped: int = 0
+
+    def forever(self, generator: np.random.Generator) -> Iterator[Opening]:
+        """All of them in random order, then again in another order, and so on."""
+        while self.found:
+            for index in generator.permutation(len(self.found)):
+                yield self.found[index]
+
+
+def read_openings(path: Path) -> Openings:
+    """Prompts from JSON lines, {"messages": [...]} or {"prompt": "..."}; an answer at the end is left out.
+
+    Broken lines and conversations with empty or unusual turns are skipped and counted. Raises RequestError when nothing
+    is left.
+    """
+    found, skipped = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.strip():
+            opening = _opening(line)
+            found += [opening] if opening else []
+            skipped += opening is None
+    if not found:
+        raise RequestError(f"{path} holds no conversation that can be used ({skipped} lines skipped)")
+    return Openings(tuple(found), skipped)
+
+
+def own_openings() -> Openings:
+    """Beginnings of what people ask, from openings.json: every form with every subject that fits it."""
+    text = (importlib.resources.files("dflash_jax.train") / "openings.json").read_text(encoding="utf-8")
+    table = json.loads(text)
+    found = []
+    for kind in table["kinds"]:
+        system = [{"role": "system", "content": kind["system"]}] if "system" in kind else []
+        for form in kind["forms"]:
+            for subject in table["subjects"].get(kind.get("subjects"), [""]):
+                user = {"role": "user", "content": form.replace("{}", subject)}
+                found += [Opening((*system, user), whole=False)] * kind.get("weight", 1)
+    return Openings(tuple(found))
+
+
+def _opening(line: str) -> Opening | None:
+    try:
+        row = json.loads(line)
+        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        usable = all(isinstance(message["content"], str) and message["content"].strip() for message in messages)
+        if usable and messages and messages[-1]["role"] == "user":
+            return Opening(tuple(messages), whole=True)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Joints:
+    """Token ids between the turns of a conversation, as the chat template writes them."""
+
+    to_answer: np.ndarray
+    """From the end of a user's words to the beginning of the answer."""
+    to_user: np.ndarray
+    """From the end of an answer's words to the beginning of the user's next ones."""
+
+
+def joints(template: ChatTemplate, tokenizer: Tokenizer) -> Joints:
+    """What a template puts between turns."""
+    turns = [{"role": role, "content": f"a{_CUT}"} for role in ("user", "assistant")]
+    again = {"role": "user", "content": f"{_CUT}a{_CUT}"}
+    parts = template.render([*turns, again]).split(_CUT)
+    return Joints(tokenizer.encode(parts[4]), tokenizer.encode(parts[2]))
+
+
+def opening_ids(opening: Opening, template: ChatTemplate, tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids of an opening up to the end of its last words. Raises RequestError when the template refuses it."""
+    last = opening.messages[-1]
+    messages: Sequence[dict[str, Any]] = [*opening.messages[:-1], {**last, "content": f"{last['content']}{_CUT}"}]
+    return tokenizer.encode(template.render(messages, add_generation_prompt=False).split(_CUT)[0])

@@ -1,0 +1,57 @@
+"""What a training run is told: the drafter's shape, and how it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dflash_jax.models.config import DrafterConfig, ModelConfig
+from dflash_jax.models.hf_config import default_target_layers
+from dflash_jax.train.loss import Weighting
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Defaults are what served the default model best (docs/training.md has the table).
+
+    layers, features       draft layers, and target layers that they read
+    block_size             rows of a block, anchor included
+    window                 context tokens that the draft layers see
+    path_rank              rank of the path selector, 0 for none
+    weighting, decay       of slots in the loss (train/loss.py)
+    optimiser, rate        Muon for matrices and AdamW for the rest, or AdamW for all; the peak learning rate
+    batch_tokens           tokens of a step
+    tokens_per_anchor      one random anchor for so many tokens of a sample
+    """
+
+    layers: int = 4
+    features: int = 5
+    block_size: int = 16
+    window: int = 1024
+    path_rank: int = 128
+    weighting: Weighting = "d-pace"
+    decay: float = 7.0
+    optimiser: str = "adamw"
+    rate: float = 1e-3
+    batch_tokens: int = 16_384
+    tokens_per_anchor: int = 8
+
+    def config_for(self, target: ModelConfig, mask_id: int) -> DrafterConfig:
+        """The drafter of this recipe for a target: as wide as the target, shaped like its first layer."""
+        layer = target.layers[0]
+        return DrafterConfig(
+            hidden_size=target.hidden_size,
+            num_heads=target.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            mlp_width=layer.mlp_width,
+            norm_eps=target.norm_eps,
+            rope=dataclasses.replace(layer.rope, rotated_pairs=None),
+            block_size=self.block_size,
+            mask_id=mask_id,
+            target_layers=default_target_layers(target.num_layers, self.features),
+            windows=(self.window,) * self.layers,
+            causal=(False,) * self.layers,
+            num_target_layers=target.num_layers,
+            vocab_size=target.vocab_size,
+            path_rank=self.path_rank,
+        )

@@ -1,0 +1,288 @@
+"""`dflash-jax train-drafter`: the target writes conversations, a drafter learns from them, and the result is a folder.
+
+The folder has the drafter (config.json and safetensors in z-lab's layout), samples.npz (what it learnt from), log.jsonl
+and `training/`, the state from which a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from checkpoints.hf_writer import write_drafter
+from dflash_jax.console import Note, Progress
+from dflash_jax.engine.loading import Model, load_model
+from dflash_jax.engine.request import RequestError
+from dflash_jax.models.config import DrafterConfig
+from dflash_jax.train.learner import Learner, State
+from dflash_jax.train.openings import Opening, joints, opening_ids, own_openings, read_openings
+from dflash_jax.train.recipe import Recipe
+from dflash_jax.train.samples import LENGTHS, Batch, Samples
+from dflash_jax.train.writing import Writer
+
+_WARM_UP = 0.04
+_LEAST_RATE = 0.02
+"""What is left of the learning rate at the end, as a share of its peak."""
+_HELD_OUT = 256
+_LOG_STEPS = 20
+_SAVE_SECONDS = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """How long a run is: by the clock, by steps, or both, whichever ends first."""
+
+    seconds: float
+    steps: int | None = None
+
+    def done(self, seconds: float, steps: int) -> float:
+        """The share of the run that is over, at most 1."""
+        return min(1.0, max(seconds / self.seconds, steps / self.steps if self.steps else 0.0))
+
+
+def run(
+    model: Path | None,
+    out: Path,
+    *,
+    recipe: Recipe,
+    data: Path | None,
+    samples: Sequence[Path],
+    tokens: int,
+    slots: int,
+    room: int,
+    length: Length,
+    seed: int,
+    again: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Trains a drafter into `out` and returns what came of it. A run that was stopped goes on where it was.
+
+    `samples` are those of another run; without them the target writes `tokens` tokens of conversations first, from the
+    prompts in `data` or from its own questions. `again` starts another run from the parameters that `out` has.
+    """
+    loaded = load_model(model, progress=progress)
+    if loaded.tokenizer is None or loaded.template.source is None:
+        raise RequestError("train-drafter needs a model with a tokenizer and a chat template")
+    out.mkdir(parents=True, exist_ok=True)
+    learnt_from = _samples(loaded, out, data, samples, tokens, slots, room, seed, progress)
+    config = recipe.config_for(loaded.target.config, mask_id(loaded))
+    learner = Learner(loaded.target, config, recipe)
+    report = _Run(learner, config, learnt_from, out, length, seed, progress).go(again)
+    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+class _Run:
+    """One training run in a folder."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        config: DrafterConfig,
+        samples: Samples,
+        out: Path,
+        length: Length,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self._learner, self._config, self._out, self._length = learner, config, out, length
+        held_out, self._samples = samples.split(min(_HELD_OUT, len(samples) // 10))
+        self._held_out = held_out.cut(LENGTHS[0])
+        self._seed, self._progress = seed, progress
+        self._store = _Store(out / "training", dataclasses.asdict(learner.recipe))
+
+    def go(self, again: bool) -> dict[str, Any]:
+        state, spent = self._store.read(self._learner, self._seed, again)
+        key = jax.random.key(self._seed)
+        first, seen, learning, saved = int(state.step), 0, 0.0, time.monotonic()
+        done, waiting, shapes = self._length.done(spent, first), [], set()
+        for step, batch in enumerate(self._batches(first), first):
+            if done >= 1:
+                break
+            started = time.monotonic()
+            rate = self._learner.recipe.rate * _schedule(done)
+            state, figures = self._learner.learn(state, batch, jax.random.fold_in(key, step), rate)
+            waiting.append(figures)
+            fresh = batch.tokens.shape not in shapes
+            jax.block_until_ready((figures if fresh else waiting[max(0, len(waiting) - 3)]).loss)
+            seconds = time.monotonic() - started
+            if fresh:  # compilation is not part of the time that a run has
+                shapes.add(batch.tokens.shape)
+                rows, length = batch.tokens.shape
+                self._progress(Note(f"the first step of {rows} samples of {length} tokens took {seconds:.0f} s"), 0, 0)
+            else:
+                learning, seen = learning + seconds, seen + batch.tokens.size
+            done = self._length.done(spent + learning, step + 1)
+            if len(waiting) == _LOG_STEPS:
+                self._log(step + 1, done, waiting, seen / max(learning, 1e-9))
+                waiting = []
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                self._store.write(state, spent + learning)
+                saved = time.monotonic()
+        spent += learning
+        self._store.write(state, spent)
+        parameters = {name: np.asarray(value) for name, value in state.parameters.items()}
+        write_drafter(self._out, self._config, parameters)
+        return {
+            "recipe": dataclasses.asdict(self._learner.recipe),
+            "samples": len(self._samples),
+            "sample_tokens": len(self._samples.tokens),
+            "steps": int(state.step),
+            "seconds": round(spent, 1),
+            "tokens_per_second": round(seen / max(learning, 1e-9)),
+            "held_out_accept_length": round(self.evaluate(state), 3),
+        }
+
+    def evaluate(self, state: State) -> float:
+        """Mean tokens that a block would commit on samples that were held out."""
+        generator, committed, live = np.random.default_rng(0), 0, 0
+        for number, batch in enumerate(self._held_out.batches(generator, self._learner.recipe.batch_tokens)):
+            sums = self._learner.evaluate(state.parameters, batch, jax.random.key(number))
+            committed, live = committed + int(sums[0]), live + int(sums[1])
+        return committed / live if live else 0.0
+
+    def _batches(self, step: int) -> Iterator[Batch]:
+        epoch = 0
+        while len(self._samples):
+            generator = np.random.default_rng((self._seed, step, epoch))
+            yield from self._samples.batches(generator, self._learner.recipe.batch_tokens)
+            epoch += 1
+
+    def _log(self, step: int, done: float, waiting: list[Any], rate: float) -> None:
+        figures = jax.device_get(waiting)
+        line = {
+            "step": step,
+            "done": round(done, 4),
+            "loss": round(float(np.mean([f.loss for f in figures])), 4),
+            "accept_length": round(float(np.mean([f.accept_length for f in figures])), 3),
+            "path_accept_length": round(float(np.mean([f.path_accept_length for f in figures])), 3),
+            "tokens_per_second": round(rate),
+        }
+        with (self._out / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+        length = max(line["accept_length"], line["path_accept_length"])
+        label = f"learning: loss {line['loss']:.3f}, accept length {length:.2f}, {rate / 1e3:.0f}k tokens/s"
+        self._progress(label, round(1000 * done), 1000)
+
+
+class _Store:
+    """The state of a run on the disk: written beside the old one, which goes when the new one is whole."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+        self._folder, self._recipe = folder.resolve(), recipe
+        self._note = self._folder / "run.json"
+
+    def read(self, learner: Learner, seed: int, again: bool) -> tuple[State, float]:
+        """The stored state and the seconds that it took; a new one when there is none.
+
+        Raises RequestError when what is stored belongs to another recipe.
+        """
+        state = learner.start(seed)
+        if not self._note.exists():
+            return state, 0.0
+        note = json.loads(self._note.read_text(encoding="utf-8"))
+        shapes = ("layers", "features", "block_size", "path_rank", "optimiser")
+        differs = [name for name in shapes if note["recipe"].get(name) != self._recipe[name]]
+        if differs:
+            raise RequestError(
+                f"{self._folder} has a run with {differs[0]} {note['recipe'].get(differs[0])}, not "
+                f"{self._recipe[differs[0]]}: choose another folder"
+            )
+        stored = ocp.StandardCheckpointer().restore(self._folder / note["state"], _fields(state))
+        if again:
+            return learner.start(seed, stored["parameters"]), 0.0
+        return State(**stored), note["seconds"]
+
+    def write(self, state: State, seconds: float) -> None:
+        name = f"step-{int(state.step)}-{time.time_ns()}"
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(self._folder / name, _fields(state))
+        note = {"state": name, "seconds": seconds, "recipe": self._recipe}
+        fresh = self._note.with_suffix(".new")
+        fresh.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        fresh.replace(self._note)
+        for old in self._folder.glob("step-*"):
+            if old.name != name:
+                _remove(old)
+
+
+def _samples(
+    loaded: Model,
+    out: Path,
+    data: Path | None,
+    given: Sequence[Path],
+    tokens: int,
+    slots: int,
+    room: int,
+    seed: int,
+    progress: Progress,
+) -> Samples:
+    stored = out / "samples.npz"
+    if files := list(given) or [file for file in (stored,) if file.exists()]:
+        samples = Samples.join([Samples.load(file) for file in files])
+        progress(Note(f"{len(samples):,} conversations, {len(samples.tokens):,} tokens, are there"), 0, 0)
+        return samples
+    openings = read_openings(data) if data is not None else own_openings()
+    assert loaded.tokenizer is not None
+    tokenizer, template = loaded.tokenizer, loaded.template
+
+    def with_ids() -> Iterator[tuple[Opening, np.ndarray]]:
+        for opening in openings.forever(np.random.default_rng(seed)):
+            yield opening, opening_ids(opening, template, tokenizer)
+
+    room = min(room, loaded.target.config.context_length)
+    writer = Writer(loaded.target, joints(template, tokenizer), slots=slots, room=room, seed=seed)
+    written = writer.write(
+        with_ids(), tokens=tokens, progress=lambda done: progress("the target writes conversations", done, tokens)
+    )
+    skipped = openings.skipped + written.skipped
+    note = f"{len(written.samples.tokens):,} tokens at {written.tokens_per_second:,.0f} tokens/s"
+    progress(Note(f"{note}{f', {skipped} prompts skipped' if skipped else ''}"), 0, 0)
+    written.samples.save(stored)
+    return written.samples
+
+
+def mask_id(model: Model) -> int:
+    """The token that stands for what is to be proposed: one that texts never have.
+
+    A mask token of the vocabulary, or else its last special token that neither template nor stops use.
+    """
+    tokenizer, config = model.tokenizer, model.target.config
+    if tokenizer is None:
+        raise RequestError("the model has no tokenizer")
+    names = {id: tokenizer.token(id) or "" for id in sorted(tokenizer.special_ids) if id < config.vocab_size}
+    for id, name in names.items():
+        if name.strip("<>[]|").lower() == "mask":
+            return id
+    used = {*config.stop_ids, config.bos_id}
+    unused = [id for id, name in names.items() if id not in used and name not in model.template.literals]
+    if not unused:
+        raise RequestError("the tokenizer has no special token to spare for the mask")
+    return unused[-1]
+
+
+def _schedule(done: float) -> float:
+    """Share of the peak learning rate: a linear warm-up, then a cosine."""
+    if done < _WARM_UP:
+        return (done + 1e-3) / _WARM_UP
+    left = 0.5 * (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP)))
+    return _LEAST_RATE + (1 - _LEAST_RATE) * left
+
+
+def _fields(state: State) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,58 @@
+"""Training drafts many blocks at once; each must be what decoding drafts for it by itself."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dflash_jax.models.decoder import Place
+from dflash_jax.models.drafter import block_tokens, empty_drafter_pools
+from dflash_jax.train.blocks import draft_blocks, draw_blocks
+from tests.tiny import DRAFTER, F32, PAGE_SIZE, tiny_drafter, tiny_target
+
+LENGTH = 40
+
+
+@pytest.mark.parametrize(
+    ("windows", "causal"), [((None, None), (False, False)), ((9, 24), (False, True)), ((5, 5), (False, False))]
+)
+def test_blocks_equal_those_of_decoding(windows, causal):
+    config = dataclasses.replace(DRAFTER, windows=windows, causal=causal, block_size=6)
+    target, drafter = tiny_target(), tiny_drafter(config=config)
+    features = jax.random.normal(jax.random.key(3), (1, LENGTH, 2 * config.hidden_size))
+    anchors = np.asarray([[1, 7, 20, 33]], np.int32)
+    tokens = block_tokens(jnp.asarray([5, 9, 11, 13], jnp.int32), config)
+    together = draft_blocks(drafter, features, target.embed(tokens)[None], jnp.asarray(anchors))[0]
+    for number, anchor in enumerate(anchors[0]):
+        pools = empty_drafter_pools(config, num_pages=1 + 4, page_size=PAGE_SIZE, dtype=F32)
+        table = jnp.arange(1, 5, dtype=jnp.int32)[None]
+        places = jnp.arange(LENGTH, dtype=jnp.int32)[None]
+        pools = drafter.read(features, pools, Place(table, jnp.zeros(1, jnp.int32), places, PAGE_SIZE))
+        at = Place(table, jnp.asarray([anchor]), anchor + jnp.arange(6, dtype=jnp.int32)[None], PAGE_SIZE)
+        alone, _ = drafter(target.embed(tokens[number : number + 1]), pools, at)
+        np.testing.assert_allclose(together[number], alone[0], atol=2e-5)
+
+
+def test_anchors_stand_in_front_of_answer_tokens_and_slots_count_up_to_its_end():
+    tokens = jnp.arange(100, 130, dtype=jnp.int32)[None]
+    answers = jnp.zeros((1, 30), jnp.bool_).at[0, 10:18].set(True).at[0, 25:30].set(True)
+    blocks = draw_blocks(tokens, answers, jax.random.key(0), blocks=20, block_size=4)
+    live = np.asarray(blocks.counts[0, :, 1])
+    anchors = np.asarray(blocks.anchors[0])
+    assert sorted(anchors[live]) == [*range(9, 17), *range(24, 29)]
+    for anchor, slots, counts in zip(anchors[live], blocks.tokens[0][live], blocks.counts[0][live], strict=True):
+        end = 18 if anchor < 18 else 30
+        assert list(counts) == [False, *(anchor + k < end for k in (1, 2, 3))]
+        assert [int(t) for t, c in zip(slots, counts, strict=True) if c] == [
+            100 + anchor + k for k in (1, 2, 3) if anchor + k < end
+        ]
+        assert slots[0] == 100 + anchor
+
+
+def test_a_row_without_answers_has_no_live_block():
+    blocks = draw_blocks(
+        jnp.ones((2, 16), jnp.int32), jnp.zeros((2, 16), jnp.bool_), jax.random.key(0), blocks=3, block_size=4
+    )
+    assert not blocks.counts.any()
