@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from dflash_jax.models.decoder import Place
+from dflash_jax.speculate.logprobs import Logprobs, no_logprobs
 from dflash_jax.speculate.sampling import SamplingParameters
 from dflash_jax.speculate.step import Networks, Pools, Slots, no_proposals, propose, verify
 
@@ -19,6 +20,9 @@ class Visit:
     """What the device did between two looks of the host: per slot the committed tokens, and how many steps were run."""
 
     tokens: Int[Array, "slots capacity"]
+    """-1 after the last one."""
+    logprobs: Logprobs
+    """Zeros unless a slot asked for something special."""
     count: Int[Array, " slots"]
     steps: Int[Array, ""]
 
@@ -72,13 +76,23 @@ def decode(
             proposals, pools = propose(networks, pools, slots, rows=rows, page_size=page_size)
         else:
             proposals = no_proposals(slots, rows)
-        committed, pools, slots = verify(networks, pools, slots, sampling, proposals, page_size=page_size)
+        committed, pools, slots = verify(networks, pools, slots, sampling, proposals, visit.tokens, page_size=page_size)
         row = jnp.arange(rows, dtype=jnp.int32)[None, :]
         target = jnp.where(row < committed.count[:, None], visit.count[:, None] + row, capacity)
         slot = jnp.arange(len(visit.count), dtype=jnp.int32)[:, None]
-        tokens = visit.tokens.at[slot, target].set(committed.tokens, mode="drop")
-        return Visit(tokens, visit.count + committed.count, visit.steps + 1), pools, slots
+
+        def append(before: Array, new: Array) -> Array:
+            return before.at[slot, target].set(new, mode="drop")
+
+        tokens = append(visit.tokens, committed.tokens)
+        logprobs = jax.tree.map(append, visit.logprobs, committed.logprobs)
+        return Visit(tokens, logprobs, visit.count + committed.count, visit.steps + 1), pools, slots
 
     num_slots = slots.anchor.shape[0]
-    empty = Visit(jnp.zeros((num_slots, capacity), jnp.int32), jnp.zeros(num_slots, jnp.int32), jnp.int32(0))
+    empty = Visit(
+        tokens=jnp.full((num_slots, capacity), -1, jnp.int32),
+        logprobs=no_logprobs(num_slots, capacity, networks.target.config.vocab_size),
+        count=jnp.zeros(num_slots, jnp.int32),
+        steps=jnp.int32(0),
+    )
     return jax.lax.while_loop(room, step, (empty, pools, slots))

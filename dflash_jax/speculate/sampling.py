@@ -14,6 +14,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from dflash_jax.speculate.penalties import Penalties
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What few requests ask for: penalties, biases, log-probabilities."""
+
+    asked: Bool[Array, " slots"]
+    """Whether the slot asks for any of it."""
+    penalties: Penalties
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +37,8 @@ class SamplingParameters:
     top_p: Float[Array, " slots"]
     min_p: Float[Array, " slots"]
     seed: UInt32[Array, "slots 2"]
+    extras: Extras | None = None
+    """None: a program without them."""
 
 
 def greedy(logits: Float[Array, "... vocab"]) -> Int[Array, ...]:

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from dflash_jax.models.decoder import Decoder, Place
 from dflash_jax.models.drafter import Drafter, block_tokens
 from dflash_jax.models.layers import KvPool
+from dflash_jax.speculate.draw import draw
+from dflash_jax.speculate.logprobs import Logprobs
 from dflash_jax.speculate.path import choose_path
-from dflash_jax.speculate.sampling import SamplingParameters, greedy, sample
+from dflash_jax.speculate.sampling import SamplingParameters, greedy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Committed:
     """What a step adds to each slot: the first `count` of `tokens`, the last of them the new anchor."""
 
     tokens: Int[Array, "slots rows"]
+    logprobs: Logprobs
     count: Int[Array, " slots"]
 
 
@@ -98,23 +101,27 @@ def verify(
     slots: Slots,
     sampling: SamplingParameters,
     proposals: Int[Array, "slots proposals"],
+    recent: Int[Array, "slots recent"],
     *,
     page_size: int,
 ) -> tuple[Committed, Pools, Slots]:
     """Runs the target over anchor and proposals and commits what it agrees with, plus one token of its own.
 
     At each row the target draws its own token; a proposal is accepted if it equals that token and all before it were
-    accepted (lossless for any drafter: each committed token is the target's own draw given the true prefix).
+    accepted (lossless for any drafter: each committed token is the target's own draw given the true prefix). A proposal
+    may be any number. `recent` is what this visit has committed so far, -1 for nothing.
     """
     rows = proposals.shape[1] + 1
     place = _place(slots, rows, page_size)
-    block = jnp.concatenate([slots.anchor[:, None], jnp.maximum(proposals, 0)], axis=1)
+    # An embedding out of the table would be NaN, which masks do not keep from other rows.
+    readable = jnp.clip(proposals, 0, networks.target.config.vocab_size - 1)
+    block = jnp.concatenate([slots.anchor[:, None], readable], axis=1)
     passed = networks.target(block, pools.target, place, capture=networks.captured_layers)
     drafter_pools = pools.drafter
     if networks.drafter is not None and passed.features is not None:
         drafter_pools = networks.drafter.read(passed.features, pools.drafter, place)
-    own = _own_tokens(networks.target.logits(passed.hidden), sampling, slots.number, proposals)
-    committed = _accept(own, proposals, slots)
+    own = draw(networks.target.logits(passed.hidden), sampling, slots.number, proposals, recent)
+    committed = Committed(own.tokens, own.logprobs, _count(own.tokens, proposals, slots))
     return committed, Pools(passed.pools, drafter_pools), _advance(slots, committed)
 
 
@@ -123,38 +130,17 @@ def _place(slots: Slots, rows: int, page_size: int) -> Place:
     return Place(slots.page_table, slots.length, positions, page_size)
 
 
-def _own_tokens(
-    logits: Float[Array, "slots rows vocab"],
-    sampling: SamplingParameters,
-    number: Int[Array, " slots"],
-    proposals: Int[Array, "slots proposals"],
-) -> Int[Array, "slots rows"]:
-    """The target's token at each row. Rows are sampled one after the other, only as far as some slot still accepts."""
-    rows = logits.shape[1]
-
-    def draw(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        row, own, agreeing = carry
-        token = sample(jax.lax.dynamic_index_in_dim(logits, row, axis=1, keepdims=False), sampling, number + row)
-        own = jax.lax.dynamic_update_index_in_dim(own, token, row, axis=1)
-        proposal = jax.lax.dynamic_index_in_dim(padded, row, axis=1, keepdims=False)
-        return row + 1, own, agreeing & (token == proposal)
-
-    def sampled() -> Array:
-        start = (jnp.int32(0), jnp.zeros(logits.shape[:2], jnp.int32), jnp.ones(logits.shape[0], jnp.bool_))
-        return jax.lax.while_loop(lambda carry: (carry[0] < rows) & jnp.any(carry[2]), draw, start)[1]
-
-    padded = jnp.pad(proposals, ((0, 0), (0, 1)), constant_values=-1)
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: greedy(logits))
-
-
-def _accept(own: Int[Array, "slots rows"], proposals: Int[Array, "slots proposals"], slots: Slots) -> Committed:
+def _count(
+    own: Int[Array, "slots rows"], proposals: Int[Array, "slots proposals"], slots: Slots
+) -> Int[Array, " slots"]:
+    """How many of the target's own tokens are committed."""
     agreeing = jnp.cumprod((own[:, :-1] == proposals).astype(jnp.int32), axis=1)
     count = jnp.sum(agreeing, axis=1) + 1
     stops = jnp.any(own[:, :, None] == slots.stop_ids[:, None, :], axis=-1)  # [slots, rows]
     before_stop = jnp.cumprod(1 - stops.astype(jnp.int32), axis=1)
     count = jnp.minimum(count, jnp.sum(before_stop, axis=1) + 1)
     count = jnp.minimum(count, slots.limit - slots.number)
-    return Committed(own, jnp.where(slots.live, count, 0))
+    return jnp.where(slots.live, count, 0)
 
 
 def _advance(slots: Slots, committed: Committed) -> Slots:

@@ -1,0 +1,88 @@
+"""The target's own tokens at the rows of a block: one row after the other, each given those before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dflash_jax.speculate.logprobs import Logprobs, logprobs_of, no_logprobs
+from dflash_jax.speculate.penalties import count, penalise
+from dflash_jax.speculate.sampling import Extras, SamplingParameters, greedy, sample
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A token for each row, and its log-probabilities if some slot asks for them.
+
+    Only the rows up to the first one that rejects a proposal, in the slot that goes furthest, mean anything.
+    """
+
+    tokens: Int[Array, "slots rows"]
+    logprobs: Logprobs
+
+
+def draw(
+    logits: Float[Array, "slots rows vocab"],
+    sampling: SamplingParameters,
+    number: Int[Array, " slots"],
+    proposals: Int[Array, "slots proposals"],
+    recent: Int[Array, "slots recent"],
+) -> Drawn:
+    """Draws rows one after the other, only as far as some slot still accepts.
+
+    `number` counts the tokens of the answer before the block; `recent` has those that `Penalties.counts` lacks, -1 for
+    none. Slots that ask for nothing special never run what others ask for: it is a branch of its own.
+    """
+    slots, rows, vocabulary = logits.shape
+    nothing = no_logprobs(slots, rows, vocabulary)
+    padded = jnp.pad(proposals, ((0, 0), (0, 1)), constant_values=-1)
+    start = (jnp.int32(0), jnp.ones(slots, jnp.bool_), Drawn(jnp.zeros((slots, rows), jnp.int32), nothing))
+
+    def agreeing(carry: tuple[Any, ...]) -> Array:
+        return (carry[0] < rows) & jnp.any(carry[1])
+
+    def drawn_greedily() -> Drawn:
+        return Drawn(greedy(logits), nothing)
+
+    def sampled() -> Drawn:
+        def step(carry: tuple[Array, Array, Drawn]) -> tuple[Array, Array, Drawn]:
+            row, agrees, drawn = carry
+            token = sample(_row(logits, row), sampling, number + row)
+            drawn = dataclasses.replace(drawn, tokens=_with_row(drawn.tokens, token[:, None], row))
+            return row + 1, agrees & (token == _row(padded, row)), drawn
+
+        return jax.lax.while_loop(agreeing, step, start)[2]
+
+    def special(extras: Extras) -> Drawn:
+        def step(carry: tuple[Array, Array, Drawn, Array]) -> tuple[Array, Array, Drawn, Array]:
+            row, agrees, drawn, counts = carry
+            raw = _row(logits, row)
+            scores = penalise(raw, extras.penalties, counts)
+            token = jax.lax.cond(warm, lambda: sample(scores, sampling, number + row), lambda: greedy(scores))
+            found = Drawn(token[:, None], logprobs_of(raw, token))
+            drawn = jax.tree.map(lambda all, one: _with_row(all, one, row), drawn, found)
+            # Where the next row matters, this row's token is its proposal.
+            return row + 1, agrees & (token == _row(padded, row)), drawn, count(counts, token[:, None])
+
+        counts = count(extras.penalties.counts, recent)
+        return jax.lax.while_loop(agreeing, step, (*start, counts))[2]
+
+    warm = jnp.any(sampling.temperature > 0)
+    if sampling.extras is None:
+        return jax.lax.cond(warm, sampled, drawn_greedily)
+    extras = sampling.extras
+    case = jnp.where(jnp.any(extras.asked), 2, warm.astype(jnp.int32))
+    return jax.lax.switch(case, (drawn_greedily, sampled, lambda: special(extras)))
+
+
+def _row(values: Array, row: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(values, row, axis=1, keepdims=False)
+
+
+def _with_row(values: Array, one: Array, row: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(values, one, row, axis=1)
