@@ -20,6 +20,7 @@ from dflash_jax.compress.spans import Prompt
 from dflash_jax.control.degenerate import degenerate
 from dflash_jax.control.rules import Rule, update
 from dflash_jax.control.state import Observation
+from dflash_jax.engine.extras import LogprobStream, extras_of, with_answer
 from dflash_jax.engine.programs import Programs, chunks_of, new_slots, put, sampling_parameters
 from dflash_jax.engine.request import (
     DflashStats,
@@ -32,9 +33,11 @@ from dflash_jax.engine.request import (
     Sampling,
     Stats,
     TextDelta,
+    TokenLogprobs,
 )
 from dflash_jax.engine.stop import StopFinder
 from dflash_jax.engine.tokenizer import IncrementalDecoder, Tokenizer
+from dflash_jax.speculate.logprobs import Logprobs
 from dflash_jax.speculate.pace import Pace, StepTimes
 
 follow = jax.jit(update, static_argnames="rule")
@@ -91,7 +94,10 @@ class Answer:
         tokenizer = shared.tokenizer
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
         self._stop = StopFinder(job.sampling.stop)
-        self._characters = 0
+        self._logprobs: LogprobStream | None = None
+        if tokenizer and job.sampling.logprobs is not None:
+            self._logprobs = LogprobStream(tokenizer, job.sampling.logprobs)
+        self._characters, self._shown = 0, 0
         self._reason: FinishReason = "length"
 
     def steps(self) -> Generator[None, None, None]:
@@ -127,8 +133,9 @@ class Answer:
         if reason in ("stop", "length") and self._decoder is not None:
             tail, hit = self._stop.push(self._decoder.flush())
             tail += "" if hit else self._stop.flush()
-            if tail:
-                self.job.on_event(TextDelta(tail, ()))
+            logprobs = self._take_logprobs(tail, last=not hit)
+            if tail or logprobs:
+                self.job.on_event(TextDelta(tail, (), logprobs=logprobs))
         self.job.on_event(Finished(reason, self._stats(), error))
 
     def _keep_ratio(self, session: Session) -> float:
@@ -213,6 +220,9 @@ class Answer:
             min_p=sampling.min_p,
             seed=job.seed,
         )
+        if sampling.asks_for_extras:
+            extras = extras_of(sampling, job.prompt.token_ids, programs.vocabulary)
+            parameters = dataclasses.replace(parameters, extras=put(extras))
         pace = Pace()
         while True:
             draft = programs.has_drafter and (
@@ -223,6 +233,10 @@ class Answer:
             rows = profile.block_rows if draft else profile.plain_rows
             if self._grow(session, max_steps * rows + profile.block_rows):
                 slots = dataclasses.replace(slots, page_table=put(programs.page_table(session.pages)))
+            if sampling.penalises and parameters.extras is not None:
+                parameters = dataclasses.replace(
+                    parameters, extras=put(with_answer(parameters.extras, self._generated))
+                )
             started = time.perf_counter()
             visit, slots = programs.decode(slots, parameters, draft=draft, max_steps=max_steps)
             tokens = np.asarray(visit.tokens)[0, : int(visit.count[0])]
@@ -231,7 +245,8 @@ class Answer:
             shared.times = shared.times.observe(drafted=draft, steps=steps, seconds=seconds)
             pace = pace.observe(shared.times, drafted=draft, steps=steps, committed=len(tokens))
             self._take(session, tokens, steps, draft)
-            if self._emit(tokens) or len(self._generated) >= job.max_tokens:
+            logprobs = jax.device_get(visit.logprobs) if self._logprobs else None
+            if self._emit(tokens, logprobs) or len(self._generated) >= job.max_tokens:
                 return
             yield
 
@@ -251,7 +266,7 @@ class Answer:
             self._drafted_steps += steps
             self._drafted_tokens += len(tokens)
 
-    def _emit(self, tokens: np.ndarray) -> bool:
+    def _emit(self, tokens: np.ndarray, logprobs: Logprobs | None = None) -> bool:
         """Streams the text of new tokens; whether the answer has ended."""
         if self._first_token is None:
             self._first_token = time.perf_counter()
@@ -259,15 +274,15 @@ class Answer:
         text, markers, hit = "", (), False
         if self._decoder is not None:
             # A stop token ends the answer and is not part of its text, special or not.
-            text, markers, read, hit = self._read(tokens[:-1] if ended else tokens)
+            text, markers, read, hit = self._read(tokens[:-1] if ended else tokens, logprobs)
             tokens = tokens[:read] if hit else tokens
         self._generated.extend(tokens.tolist())
-        self.job.on_event(TextDelta(text, tuple(tokens.tolist()), markers))
+        self.job.on_event(TextDelta(text, tuple(tokens.tolist()), markers, self._take_logprobs(text)))
         if ended or hit:
             self._reason = "stop"
         return ended or hit
 
-    def _read(self, tokens: np.ndarray) -> tuple[str, tuple[Marker, ...], int, bool]:
+    def _read(self, tokens: np.ndarray, logprobs: Logprobs | None) -> tuple[str, tuple[Marker, ...], int, bool]:
         """Text and markers of tokens up to a stop string, how many tokens these are, and whether there is one."""
         tokenizer, decoder = self._shared.tokenizer, self._decoder
         assert tokenizer is not None
@@ -275,6 +290,8 @@ class Answer:
         text, markers, count, hit = "", [], 0, False
         while count < len(tokens) and not hit:
             token = int(tokens[count])
+            if self._logprobs is not None and logprobs is not None:
+                self._logprobs.add(self._characters, logprobs, count)
             decoded = decoder.push(token)
             shown, hit = self._stop.push(decoded)
             text, count, self._characters = text + shown, count + 1, self._characters + len(decoded)
@@ -282,6 +299,13 @@ class Answer:
                 hidden, string = token in tokenizer.special_ids, tokenizer.token(token) or ""
                 markers.append(Marker(self._characters - (0 if hidden else len(string)), string, hidden))
         return text, tuple(markers), count, hit
+
+    def _take_logprobs(self, text: str, *, last: bool = False) -> tuple[TokenLogprobs, ...]:
+        """Those that go with the next piece of text, which is shown; all there are when it is the last."""
+        self._shown += len(text)
+        if self._logprobs is None:
+            return ()
+        return self._logprobs.rest() if last else self._logprobs.take(self._shown)
 
     def _observe(self, session: Session) -> None:
         if self._shared.fixed_keep_ratio is not None:

@@ -202,6 +202,7 @@ class Engine:
                 param="messages" if request.messages is not None else "prompt",
             )
         sampling = request.sampling
+        sampling.check(self._shared.programs.vocabulary)
         job = Job(
             prompt=prompt,
             sampling=sampling,
@@ -232,15 +233,16 @@ class Engine:
 
         Raises RuntimeError when the answer failed.
         """
-        texts, ids = [], []
+        texts, ids, logprobs = [], [], []
         for event in self.stream(prompt, **sampling):
             if isinstance(event, TextDelta):
                 texts.append(event.text)
                 ids.extend(event.token_ids)
+                logprobs.extend(event.logprobs)
             elif event.reason == "error":
                 raise RuntimeError(event.error)
             else:
-                return Result("".join(texts), tuple(ids), event.reason, event.stats)
+                return Result("".join(texts), tuple(ids), event.reason, event.stats, tuple(logprobs))
         raise RuntimeError("the answer ended without a last event")
 
     def count_tokens(self, prompt: str | Sequence[Mapping[str, Any]]) -> int:

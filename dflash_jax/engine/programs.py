@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,9 @@ from flax import nnx
 
 from dflash_jax.compress.prune import select
 from dflash_jax.compress.score import QUESTION_ROWS, Depth, Keys, empty_keys, read_chunk, score_tokens
+from dflash_jax.engine.extras import extras_of
 from dflash_jax.engine.profile import Profile
+from dflash_jax.engine.request import Sampling
 from dflash_jax.models.decoder import Decoder, empty_pools
 from dflash_jax.models.drafter import Drafter, empty_drafter_pools
 from dflash_jax.models.layers import KvPool
@@ -84,6 +87,8 @@ class Programs:
         }
         self._read = self._compile_scorer(read_chunk, donated=(1, 2), depth=depth, page_size=page_size)
         self._score = self._compile_scorer(score_tokens, donated=(1,), depth=depth, page_size=page_size)
+        self.vocabulary = target.config.vocab_size
+        self._no_extras = put(extras_of(Sampling(), np.zeros(0, np.int32), self.vocabulary))
         self._copy = jax.jit(functools.partial(_copy_page, page_size=page_size), donate_argnums=(0,))
         self.pools: Pools
         self.reset()
@@ -116,11 +121,14 @@ class Programs:
         self.pools = self._prefill(self._leaves, self.pools, tokens, positions, table, np.asarray([start], np.int32))
 
     def decode(self, slots: Slots, sampling: SamplingParameters, *, draft: bool, max_steps: int) -> tuple[Visit, Slots]:
-        """One visit: the device decodes up to `max_steps` steps."""
+        """One visit: the device decodes up to `max_steps` steps; the visit's log-probabilities stay on the device."""
+        if sampling.extras is None:
+            sampling = dataclasses.replace(sampling, extras=self._no_extras)
         visit, self.pools, slots = self._decode[draft](
             self._leaves, self.pools, slots, sampling, np.int32(min(max_steps, self.profile.max_steps))
         )
-        return jax.device_get(visit), slots
+        tokens, count, steps = jax.device_get((visit.tokens, visit.count, visit.steps))
+        return dataclasses.replace(visit, tokens=tokens, count=count, steps=steps), slots
 
     def new_keys(self) -> Keys:
         """Buffers for the keys of one prompt that is being scored."""

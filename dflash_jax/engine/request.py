@@ -29,6 +29,16 @@ class OverloadedError(RuntimeError):
     retry_after = 1
 
 
+RANGES = {
+    "repetition_penalty": (0.1, 10.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "logit_bias": (-100.0, 100.0),
+    "logprobs": (0, 20),
+}
+"""Least and greatest value of fields of `Sampling`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
@@ -43,6 +53,40 @@ class Sampling:
     """None draws a fresh seed."""
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    """Divides the logits (multiplies negative ones) of tokens in prompt or answer."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens in the answer."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens in the answer, as often as they are in it."""
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    logprobs: int | None = None
+    """Tell of each token's log-probability by the model itself, and of so many of the most likely tokens."""
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what the answer holds changes how it goes on."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def asks_for_extras(self) -> bool:
+        """Whether rows need more than temperature and filters."""
+        return self.penalises or bool(self.logit_bias) or self.logprobs is not None
+
+    def check(self, vocabulary: int) -> None:
+        """Raises RequestError for a penalty, a bias or a number of log-probabilities that is out of range."""
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            values = value.values() if isinstance(value, Mapping) else () if value is None else (value,)
+            for number in values:
+                if not least <= number <= most:
+                    raise RequestError(f"{name} must be from {least:g} to {most:g}, not {number}", param=name)
+        unknown = [token for token in self.logit_bias if not 0 <= token < vocabulary]
+        if unknown:
+            raise RequestError(
+                f"logit_bias has the token id {unknown[0]}: this model's are 0 to {vocabulary - 1}", param="logit_bias"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +174,37 @@ class Marker:
 
 
 @dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A token that may stand at some place, and the logarithm of its probability there."""
+
+    token_id: int
+    token_bytes: bytes
+    """What it adds to a text: not always whole characters."""
+    logprob: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """A token of the answer, and the most likely tokens at its place, best first."""
+
+    token: Candidate
+    top: tuple[Candidate, ...]
+    place: int
+    """Characters of the whole answer before it."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TextDelta:
     """Newly generated text and its token ids.
 
-    The text may be empty while a stop string or a UTF-8 character is incomplete. Markers may be ahead of the text.
+    The text may be empty while a stop string or a UTF-8 character is incomplete. Markers may be ahead of the text;
+    log-probabilities, if they were asked for, come with the text.
     """
 
     text: str
     token_ids: tuple[int, ...]
     markers: tuple[Marker, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,3 +227,5 @@ class Result:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stats: Stats
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the tokens of the text, if they were asked for."""
