@@ -17,7 +17,7 @@ import click
 
 if TYPE_CHECKING:
     from dflash_jax.console import Progress
-    from dflash_jax.engine.request import Finished, Stats
+    from dflash_jax.engine.request import Finished, Stats, TokenLogprobs
 
 _FILE = click.Path(path_type=Path)
 _INPUT_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -122,6 +122,20 @@ _engine_options = _options(
     ),
     _scoring_options,
 )
+_SAMPLING = {
+    "temperature": {"type": click.FloatRange(0, 2), "default": 0.0, "show_default": True},
+    "top_k": {"type": click.IntRange(min=0), "default": 0, "help": "Draw from so many tokens; 0: from all."},
+    "top_p": {"type": click.FloatRange(0, 1, min_open=True), "default": 1.0},
+    "min_p": {"type": click.FloatRange(0, 1), "default": 0.0},
+    "seed": {"type": int, "help": "Makes a sampled answer repeatable, with and without DFlash."},
+    "repetition_penalty": {"type": click.FloatRange(0.1, 10), "default": 1.0, "help": "Of prompt and answer; 1: none."},
+    "presence_penalty": {"type": click.FloatRange(-2, 2), "default": 0.0},
+    "frequency_penalty": {"type": click.FloatRange(-2, 2), "default": 0.0},
+    "logprobs": {"type": click.IntRange(0, 20), "help": "With --json: log-probabilities, and of so many others."},
+}
+_sampling_options = _options(
+    *(click.option(f"--{name.replace('_', '-')}", **settings) for name, settings in _SAMPLING.items())
+)
 _json_file = click.option("--json", "json_file", type=_FILE, help="Write the figures to this file.")
 _plot = click.option("--plot", type=_FILE, help="Draw the figures to this .png (needs the extra `plot`).")
 _prompts = click.option("--prompts", type=_INPUT_FILE, help='JSON lines: {"messages": [...]} or {"prompt": "..."}.')
@@ -161,7 +175,7 @@ def serve(model: Path | None, host: str, port: int, api_key: str | None, **optio
 @_model
 @click.option("-p", "--prompt", required=True, help="What to say to the model; @FILE reads a file, - reads stdin.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens to generate; by default what the window holds.")
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
+@_sampling_options
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, token_ids, stats.")
 @_engine_options
@@ -169,12 +183,14 @@ def generate(
     model: Path | None,
     prompt: str,
     max_tokens: int | None,
-    temperature: float,
     raw: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Answer one prompt."""
+    sampling = {name: options.pop(name) for name in _SAMPLING}
+    if sampling["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json")
     text = _read_prompt(prompt)
     from dflash_jax.console import progress_bar
     from dflash_jax.engine.request import TextDelta
@@ -183,13 +199,15 @@ def generate(
         engine = _load_engine(model, options, progress)
     texts: list[str] = []
     ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     try:
         for event in engine.stream(
-            text if raw else [{"role": "user", "content": text}], max_tokens=max_tokens, temperature=temperature
+            text if raw else [{"role": "user", "content": text}], max_tokens=max_tokens, **sampling
         ):
             if isinstance(event, TextDelta):
                 texts.append(event.text)
                 ids.extend(event.token_ids)
+                logprobs.extend(event.logprobs)
                 if not as_json:
                     click.echo(event.text, nl=False)
                 continue
@@ -197,8 +215,11 @@ def generate(
                 click.echo()
             _raise_if_failed(event)
             if as_json:
-                figures = {"finish_reason": event.reason, **_stats(event.stats)}
-                click.echo(json.dumps({"text": "".join(texts), "token_ids": ids, "stats": figures}, ensure_ascii=False))
+                answer: dict[str, Any] = {"text": "".join(texts), "token_ids": ids}
+                if sampling["logprobs"] is not None:
+                    answer["logprobs"] = [_logprobs(entry) for entry in logprobs]
+                answer["stats"] = {"finish_reason": event.reason, **_stats(event.stats)}
+                click.echo(json.dumps(answer, ensure_ascii=False))
     finally:
         engine.close()
 
@@ -398,6 +419,14 @@ def _stats(stats: Stats) -> dict[str, Any]:
     if stats.dflash:
         figures["dflash"]["accept_length"] = stats.dflash.accept_length
     return figures
+
+
+def _logprobs(entry: TokenLogprobs) -> dict[str, Any]:
+    own, *others = (
+        {"token_id": one.token_id, "token": one.token_bytes.decode("utf-8", "replace"), "logprob": one.logprob}
+        for one in (entry.token, *entry.top)
+    )
+    return {**own, "top": others}
 
 
 _LONG_LIST = 8

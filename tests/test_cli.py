@@ -131,6 +131,8 @@ def test_python_m_runs_the_same_command():
         ["generate"],
         ["generate", "-p", "x", "--max-tokens", "0"],
         ["generate", "-p", "x", "--temperature", "-1"],
+        ["generate", "-p", "x", "--presence-penalty", "3"],
+        ["generate", "-p", "x", "--logprobs", "2"],
         ["serve", "--pflash=maybe"],
         ["serve", "--port", "70000"],
         ["serve", "--keep-ratio", "0"],
@@ -184,6 +186,24 @@ def test_generate_passes_its_options_on(engine):
     )
     request = engine.last.handles[0].request
     assert (request.prompt, request.messages, request.sampling.temperature) == ("x", None, 0.5)
+
+
+def test_generate_passes_sampling_options_on(engine):
+    options = "--top-k 5 --top-p 0.5 --min-p 0.1 --seed 3 --repetition-penalty 1.2 --presence-penalty 1"
+    result = run("generate", "-p", "x", *options.split(), "--frequency-penalty", "-1", "--logprobs", "1", "--json")
+    assert engine.last.handles[0].request.sampling == Sampling(
+        top_k=5,
+        top_p=0.5,
+        min_p=0.1,
+        seed=3,
+        repetition_penalty=1.2,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        logprobs=1,
+    )
+    first = json.loads(result.stdout)["logprobs"][0]
+    top = [{"token_id": 100, "token": "\ufffd\0", "logprob": -1.0}]
+    assert first == {"token_id": 1, "token": "Paris", "logprob": -0.5, "top": top}
 
 
 def test_generate_reads_files_and_stdin(engine, tmp_path):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from dflash_jax.engine.request import Sampling
+from dflash_jax.engine.request import RANGES, Sampling
 from dflash_jax.server.errors import ApiError, overloaded
 
 MAX_BODY_BYTES = 16 * 2**20
@@ -40,6 +40,20 @@ _ESCAPE = re.compile(
     re.DOTALL,
 )
 """An escape in a JSON string; a surrogate that is not part of a pair is a `half`."""
+
+
+def _range_of(field: str) -> Any:
+    least, most = RANGES[field]
+    return Field(ge=least, le=most)
+
+
+def _check_token_id(key: str) -> str:
+    if not (key.isascii() and key.isdigit() and len(key) < 10):
+        raise pydantic_core.PydanticCustomError("token_id", "keys must be token ids")
+    return key
+
+
+_TokenId = Annotated[str, pydantic.AfterValidator(_check_token_id)]
 
 _TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_SESSION_CHARACTERS)] | None
 
@@ -73,10 +87,10 @@ class GenerationBody(_Record):
     session_id: str | None = None
     prompt_cache_key: str | None = None
     n: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, Any] | None = None
-    logprobs: bool | int | None = None
+    presence_penalty: Annotated[float, _range_of("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _range_of("frequency_penalty")] | None = None
+    repetition_penalty: Annotated[float, _range_of("repetition_penalty")] | None = None
+    logit_bias: dict[_TokenId, Annotated[float, _range_of("logit_bias")]] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -94,11 +108,20 @@ class GenerationBody(_Record):
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             ignore_eos=bool(self.ignore_eos),
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            logprobs=self.asked_logprobs(),
         )
 
     def token_limit(self) -> int | None:
         """Tokens to generate at most."""
         return self.max_tokens
+
+    def asked_logprobs(self) -> int | None:
+        """How many alternatives to tell of beside each token's own log-probability; None for nothing at all."""
+        raise NotImplementedError
 
     def session_hint(self, headers: Headers) -> str | None:
         """The conversation that a header or the body names, in the forms that agents send."""
@@ -119,13 +142,7 @@ class GenerationBody(_Record):
                 )
 
     def _neutral_values(self) -> dict[str, tuple[Any, ...]]:
-        return {
-            "n": (1,),
-            "logprobs": (False,),
-            "logit_bias": ({},),
-            "presence_penalty": (0,),
-            "frequency_penalty": (0,),
-        }
+        return {"n": (1,)}
 
 
 class ChatBody(GenerationBody):
@@ -139,16 +156,26 @@ class ChatBody(GenerationBody):
     continue_final_message: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     response_format: dict[str, Any] | None = None
-    top_logprobs: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, _range_of("logprobs")] | None = None
 
     def token_limit(self) -> int | None:
         """The newer name wins when a client sends both."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    def asked_logprobs(self) -> int | None:
+        """`top_logprobs` of them if `logprobs` is true."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check_supported(self) -> None:
+        """Besides, `top_logprobs` needs `logprobs`."""
+        super().check_supported()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true beside it", param="top_logprobs")
+
     def _neutral_values(self) -> dict[str, tuple[Any, ...]]:
         return {
             **super()._neutral_values(),
-            "top_logprobs": (0,),
             "add_generation_prompt": (not self.continue_final_message,),
             "response_format": ({"type": "text"},),
         }
@@ -161,6 +188,11 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
+    logprobs: Annotated[int, _range_of("logprobs")] | None = None
+
+    def asked_logprobs(self) -> int | None:
+        """As many as `logprobs` says."""
+        return self.logprobs
 
     @property
     def text(self) -> str:
@@ -168,7 +200,7 @@ class CompletionBody(GenerationBody):
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
     def _neutral_values(self) -> dict[str, tuple[Any, ...]]:
-        return {**super()._neutral_values(), "echo": (False,), "suffix": ("",), "best_of": (1,), "logprobs": ()}
+        return {**super()._neutral_values(), "echo": (False,), "suffix": ("",), "best_of": (1,)}
 
 
 async def read_body(request: Request, record: type[_Body]) -> _Body:

@@ -18,6 +18,7 @@ from dflash_jax.server.bodies import ChatBody, CompletionBody, GenerationBody, r
 from dflash_jax.server.errors import ApiError, failed, overloaded
 from dflash_jax.server.metrics import Metrics
 from dflash_jax.server.openai_deltas import ChatMessage
+from dflash_jax.server.openai_logprobs import LogprobLog, chat_logprobs, text_logprobs
 from dflash_jax.server.tool_choice import read_choice
 from dflash_jax.server.tools import Family
 from dflash_jax.server.tools.events import Piece
@@ -35,7 +36,7 @@ async def chat_completions(request: HttpRequest) -> Response:
 
     def shape(prompt_end: str) -> _Shape:
         message = ChatMessage(family.parser(prompt_end, choice.schemas))
-        return _Chat(request.app.state.engine.model_id, message, choice.opening(prompt_end))
+        return _Chat(request.app.state.engine.model_id, message, choice.opening(prompt_end), bool(body.logprobs))
 
     return await _answer(
         request,
@@ -52,7 +53,11 @@ async def chat_completions(request: HttpRequest) -> Response:
 async def completions(request: HttpRequest) -> Response:
     """POST /v1/completions."""
     body = await read_body(request, CompletionBody)
-    return await _answer(request, body, lambda _: _Text(request.app.state.engine.model_id), prompt=body.text)
+
+    def shape(_: str) -> _Shape:
+        return _Text(request.app.state.engine.model_id, body.logprobs is not None)
+
+    return await _answer(request, body, shape, prompt=body.text)
 
 
 class _Shape(Protocol):
@@ -76,45 +81,49 @@ class _Shape(Protocol):
 class _Chat:
     stream_object, whole_object = "chat.completion.chunk", "chat.completion"
 
-    def __init__(self, model: str, message: ChatMessage, start: list[Piece]) -> None:
+    def __init__(self, model: str, message: ChatMessage, start: list[Piece], logprobs: bool) -> None:
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self._message = message
+        self._message, self._logprobs = message, LogprobLog(chat_logprobs if logprobs else None)
         self._first = [{"role": "assistant", "content": ""}, *message.begin(start)]
 
     def opening(self) -> list[dict[str, Any]]:
         return [_choice(delta=piece) for piece in self._first]
 
     def pieces(self, delta: TextDelta) -> list[dict[str, Any]]:
-        return [_choice(delta=piece) for piece in self._message.add(delta)]
+        self._logprobs.add(delta.logprobs)
+        return self._logprobs.attach([_choice(delta=piece) for piece in self._message.add(delta)])
 
     def ending(self, reason: str) -> list[dict[str, Any]]:
         rest = [_choice(delta=piece) for piece in self._message.finish()]
-        return [*rest, _choice(self._message.finish_reason(reason), delta={})]
+        return self._logprobs.attach([*rest, _choice(self._message.finish_reason(reason), delta={})])
 
     def whole(self, reason: str) -> dict[str, Any]:
         self._message.finish()
-        return _choice(self._message.finish_reason(reason), message=self._message.message)
+        choice = _choice(self._message.finish_reason(reason), message=self._message.message)
+        return {**choice, "logprobs": self._logprobs.whole()}
 
 
 class _Text:
     stream_object = whole_object = "text_completion"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, logprobs: bool) -> None:
         self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._texts: list[str] = []
+        self._logprobs = LogprobLog(text_logprobs if logprobs else None)
 
     def opening(self) -> list[dict[str, Any]]:
         return []
 
     def pieces(self, delta: TextDelta) -> list[dict[str, Any]]:
         self._texts.append(delta.text)
-        return [_choice(text=delta.text)] if delta.text else []
+        self._logprobs.add(delta.logprobs)
+        return self._logprobs.attach([_choice(text=delta.text)] if delta.text else [])
 
     def ending(self, reason: str) -> list[dict[str, Any]]:
-        return [_choice(reason, text="")]
+        return self._logprobs.attach([_choice(reason, text="")])
 
     def whole(self, reason: str) -> dict[str, Any]:
-        return _choice(reason, text="".join(self._texts))
+        return {**_choice(reason, text="".join(self._texts)), "logprobs": self._logprobs.whole()}
 
 
 def _choice(reason: str | None = None, **content: Any) -> dict[str, Any]:

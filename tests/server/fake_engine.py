@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from dflash_jax.engine.request import (
+    Candidate,
     DflashStats,
     Event,
     Finished,
@@ -20,6 +21,7 @@ from dflash_jax.engine.request import (
     RequestError,
     Stats,
     TextDelta,
+    TokenLogprobs,
 )
 
 PFLASH = PflashStats(scored_tokens=100, kept_tokens=25, keep_ratio=0.25, score_ms=12.5)
@@ -152,7 +154,8 @@ class FakeEngine:
                 break
             cuts = [(said + word).find(stop) for stop in handle.request.sampling.stop]
             cut = min((at for at in cuts if at >= 0), default=None)
-            handle.on_event(TextDelta((said + word)[len(said) : cut], (count,), markers))
+            logprobs = self._logprobs(handle, word, count, len(said))
+            handle.on_event(TextDelta((said + word)[len(said) : cut], (count,), markers, logprobs))
             said += word
             if cut is not None:
                 reason = "stop"
@@ -169,6 +172,15 @@ class FakeEngine:
         if isinstance(word, str):
             return word, ()
         return "" if word.hidden else word.text, (dataclasses.replace(word, place=place),)
+
+    @staticmethod
+    def _logprobs(handle: Handle, word: str, count: int, place: int) -> tuple[TokenLogprobs, ...]:
+        """Of a word: -0.5, and of others that might stand there."""
+        asked = handle.request.sampling.logprobs
+        if asked is None:
+            return ()
+        others = [Candidate(100 + n, bytes([0xE2, 0x80, n]), -1.0 - n) for n in range(asked)]
+        return (TokenLogprobs(Candidate(count, word.encode(), -0.5), tuple(others), place),)
 
     def _stats(self, handle: Handle, count: int, started: float, first: float) -> Stats:
         return Stats(

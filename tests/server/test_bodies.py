@@ -75,6 +75,12 @@ def test_messages_must_be_a_list_of_objects(server, body, param):
         ("tools", ["{}", '["a"]', '"a"']),
         ("user", ["3"]),
         ("n", ['"1"', "1.5"]),
+        ("presence_penalty", ["-2.1", "2.1", '"1"', "true"]),
+        ("frequency_penalty", ["-3", "1e300", "[]"]),
+        ("repetition_penalty", ["0", "-1", "11", '"a"']),
+        ("logit_bias", ["[]", '{"5": 101}', '{"a": 1}', '{"-5": 1}', '{"5.0": 1}', '{"5": "1"}', '{"5": null}']),
+        ("logprobs", ["1", '"true"']),
+        ("top_logprobs", ["-1", "21", "1000000", "true", "5"]),
         ("model", ["3", "[]"]),
     ],
 )
@@ -93,10 +99,6 @@ def test_a_field_of_the_wrong_type_or_size_is_named(server, field, values):
         ("n", "2"),
         ("n", "0"),
         ("n", "1000000"),
-        ("logprobs", "true"),
-        ("top_logprobs", "5"),
-        ("logit_bias", '{"5": 1}'),
-        ("presence_penalty", "0.5"),
         ("response_format", '{"type": "json_object"}'),
     ],
 )
@@ -112,6 +114,10 @@ def test_what_cannot_be_done_is_said(server, field, value):
         '"n": 1, "logprobs": false, "logit_bias": {}, "frequency_penalty": 0, "response_format": {"type": "text"}',
         '"max_tokens": 1000000000000000000000000',
         '"max_tokens": 65536, "reasoning_effort": "none", "think": false, "options": {"num_ctx": 1}',
+        '"presence_penalty": 2, "frequency_penalty": -2.0, "repetition_penalty": 1.1',
+        '"logit_bias": {"7": -100, "8": 1.5}',
+        '"logprobs": true, "top_logprobs": 20',
+        '"logprobs": false, "top_logprobs": 0',
         '"temperature": 1, "seed": -5, "tool_choice": "auto", "parallel_tool_calls": true, "tools": []',
         '"stop": []',
         '"stream_options": {"include_usage": true, "continuous_usage_stats": false}',
@@ -176,7 +182,13 @@ def test_a_text_completion_takes_a_list_of_one_text(server):
     assert answer.json()["usage"]["prompt_tokens"] == 2
 
 
-@pytest.mark.parametrize("extra", [{"echo": True}, {"suffix": "x"}, {"best_of": 3}, {"logprobs": 1}])
+@pytest.mark.parametrize("extra", [{"echo": True}, {"suffix": "x"}, {"best_of": 3}])
 def test_what_text_completions_cannot_do_is_said(server, extra):
     answer = server.http.post("/v1/completions", json={"prompt": "a", **extra})
     assert _error(answer)["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize("value", [-1, 21, True, "1"])
+def test_logprobs_of_a_text_completion_are_a_number(server, value):
+    error = _error(server.http.post("/v1/completions", json={"prompt": "a", "logprobs": value}))
+    assert error["param"] == "logprobs"

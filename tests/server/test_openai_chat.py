@@ -85,17 +85,32 @@ def test_a_token_limit(server, name):
 
 
 def test_sampling_fields_reach_the_engine(server):
-    extra = {"top_k": 40, "min_p": 0.05, "ignore_eos": True}
+    extra = {"top_k": 40, "min_p": 0.05, "ignore_eos": True, "repetition_penalty": 1.2}
+    options = {"temperature": 0, "top_p": 0.9, "seed": 7, "max_tokens": 3, "stop": "x", "logit_bias": {"5": -1}}
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": -0.5}
     server.openai.chat.completions.create(
-        model="any", messages=QUESTION, temperature=0, top_p=0.9, seed=7, max_tokens=3, stop="x", extra_body=extra
+        model="any", messages=QUESTION, **options, **penalties, logprobs=True, top_logprobs=2, extra_body=extra
     )
     assert server.engine.handles[0].request.sampling == Sampling(
-        max_tokens=3, temperature=0.0, top_k=40, top_p=0.9, min_p=0.05, seed=7, stop=("x",), ignore_eos=True
+        max_tokens=3,
+        temperature=0.0,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.05,
+        seed=7,
+        stop=("x",),
+        ignore_eos=True,
+        repetition_penalty=1.2,
+        **penalties,
+        logit_bias={5: -1},
+        logprobs=2,
     )
 
 
 def test_absent_and_null_fields_mean_openais_defaults(server):
-    nulls = dict.fromkeys(["temperature", "top_p", "stop", "max_tokens", "seed", "stream", "n", "logprobs"])
+    names = ["temperature", "top_p", "stop", "max_tokens", "seed", "stream", "n", "logprobs", "top_logprobs"]
+    names += ["presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"]
+    nulls = dict.fromkeys(names)
     for body in ({"messages": QUESTION}, {"messages": QUESTION, **nulls}):
         assert server.http.post("/v1/chat/completions", json=body).status_code == 200
     first, second = (handle.request.sampling for handle in server.engine.handles)
