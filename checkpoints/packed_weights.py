@@ -175,7 +175,7 @@ def _packed_experts(parts: _Parts, quantisation: Mapping[str, Any]) -> Tensor:
     """The matrices of all experts, which were one tensor before they were packed."""
     words, scales, zeros = parts.need("packed", 3), parts.need("scale", 3), parts.get("zero_point")
     parts.get("shape")  # says nothing more
-    bits = _bits(quantisation)
+    bits = _bits(parts.path, quantisation)
     experts, height, columns = *words.shape[:2], words.shape[2] * 32 // bits
     groups = scales.shape[2]
     parts.fit(scales, experts, height, groups)
@@ -208,11 +208,13 @@ def _packed_rows(
     return read
 
 
-def _bits(quantisation: Mapping[str, Any]) -> int:
+def _bits(path: Path, quantisation: Mapping[str, Any]) -> int:
     groups = (quantisation.get("config_groups") or {}).values()
     found = {int((group.get("weights") or {}).get("num_bits") or 4) for group in groups} or {4}
     if found not in ({4}, {8}):
-        raise CheckpointError(f"compressed-tensors with {sorted(found)} bits is not supported; supported: 4 or 8")
+        raise CheckpointError(
+            f"{path}: compressed-tensors with {sorted(found)} bits is not supported; supported: 4 or 8"
+        )
     return found.pop()
 
 

@@ -169,3 +169,13 @@ def test_experts_that_do_not_fit(
     save_file(tensors, stored / "model.safetensors")
     with pytest.raises(CheckpointError, match=found):
         checkpoints.load(stored)
+
+
+def test_bits_that_packed_experts_do_not_come_in(goldens: Path, tmp_path: Path) -> None:
+    stored, _ = write_pair(goldens, tmp_path, "packed in one")
+    described = json.loads((stored / "config.json").read_text(encoding="utf-8"))
+    described["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 3
+    (stored / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"compressed-tensors with \[3\] bits is not supported") as caught:
+        read_folder(stored)
+    assert str(stored) in str(caught.value)

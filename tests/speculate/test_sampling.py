@@ -79,7 +79,7 @@ def test_temperature_zero_is_greedy_beside_a_warm_slot() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40))
+@given(st.lists(st.floats(-50, 50, width=32, allow_subnormal=False), min_size=1, max_size=40))  # XLA takes them for 0
 def test_greedy_is_argmax(values: list[float]) -> None:
     array = np.asarray(values, np.float32)
     assert int(greedy(jnp.asarray(array))) == int(np.argmax(array))
