@@ -1,7 +1,7 @@
 """Reading, converting and storing weights."""
 
 from checkpoints.conversion import Checkpoint, Conversion, convert, describe, load, verify
-from checkpoints.default_model import cache_folder, default_model
+from checkpoints.default_model import cache_folder, default_drafter, default_model
 from checkpoints.errors import CheckpointError
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Conversion",
     "cache_folder",
     "convert",
+    "default_drafter",
     "default_model",
     "describe",
     "load",

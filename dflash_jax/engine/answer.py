@@ -38,7 +38,7 @@ from dflash_jax.engine.request import (
 from dflash_jax.engine.stop import StopFinder
 from dflash_jax.engine.tokenizer import IncrementalDecoder, Tokenizer
 from dflash_jax.speculate.logprobs import Logprobs
-from dflash_jax.speculate.pace import Pace, StepTimes
+from dflash_jax.speculate.pace import PLAIN, Pace, StepTimes
 
 follow = jax.jit(update, static_argnames="rule")
 """The controller's rule as one program."""
@@ -84,7 +84,9 @@ class Answer:
         self.job = job
         self._shared = shared
         self._generated: list[int] = []
-        self._steps, self._drafted_steps, self._drafted_tokens = 0, 0, 0
+        self._steps = 0
+        self._drafted = np.zeros(1 + max(shared.programs.block_rows, default=0), np.int64)
+        """Entry c: how many steps that drafted committed c tokens."""
         self._cached = 0
         self._prefilled: float | None = None
         self._first_token: float | None = None
@@ -225,26 +227,26 @@ class Answer:
             parameters = dataclasses.replace(parameters, extras=put(extras))
         pace = Pace()
         while True:
-            draft = programs.has_drafter and (
-                shared.dflash == "on" or (shared.dflash == "auto" and pace.drafts(shared.times))
-            )
-            step_time = shared.times.block if draft else shared.times.plain
-            max_steps = max(1, min(profile.max_steps, round(profile.visit_seconds / step_time)))
-            rows = profile.block_rows if draft else profile.plain_rows
-            if self._grow(session, max_steps * rows + profile.block_rows):
+            rows = PLAIN
+            if programs.block_rows:
+                rows = pace.best_block(shared.times) if shared.dflash == "on" else pace.rows(shared.times)
+            max_steps = max(1, min(profile.max_steps, round(profile.visit_seconds / shared.times.of(rows))))
+            if self._grow(session, max_steps * (rows or profile.plain_rows) + profile.block_rows[-1]):
                 slots = dataclasses.replace(slots, page_table=put(programs.page_table(session.pages)))
             if sampling.penalises and parameters.extras is not None:
                 parameters = dataclasses.replace(
                     parameters, extras=put(with_answer(parameters.extras, self._generated))
                 )
             started = time.perf_counter()
-            visit, slots = programs.decode(slots, parameters, draft=draft, max_steps=max_steps)
+            visit, slots = programs.decode(slots, parameters, rows, max_steps=max_steps)
             tokens = np.asarray(visit.tokens)[0, : int(visit.count[0])]
             steps = int(visit.steps)
             seconds = time.perf_counter() - started
-            shared.times = shared.times.observe(drafted=draft, steps=steps, seconds=seconds)
-            pace = pace.observe(shared.times, drafted=draft, steps=steps, committed=len(tokens))
-            self._take(session, tokens, steps, draft)
+            shared.times = shared.times.observe(rows, steps=steps, seconds=seconds)
+            pace = pace.observe(shared.times, rows, visit.steps_by_count[0].tolist())
+            self._take(session, tokens, steps)
+            if rows != PLAIN:
+                self._drafted += np.pad(visit.steps_by_count[0], (0, len(self._drafted) - rows - 1))
             logprobs = jax.device_get(visit.logprobs) if self._logprobs else None
             if self._emit(tokens, logprobs) or len(self._generated) >= job.max_tokens:
                 return
@@ -257,14 +259,11 @@ class Answer:
         shared.store.grow(session, min(session.length + ahead, longest))
         return len(session.pages) > before
 
-    def _take(self, session: Session, tokens: np.ndarray, steps: int, draft: bool) -> None:
+    def _take(self, session: Session, tokens: np.ndarray, steps: int) -> None:
         session.ids = np.concatenate([session.ids, tokens])
         session.kept = np.concatenate([session.kept, np.ones(len(tokens), np.bool_)])
         session.length += len(tokens)
         self._steps += steps
-        if draft:
-            self._drafted_steps += steps
-            self._drafted_tokens += len(tokens)
 
     def _emit(self, tokens: np.ndarray, logprobs: Logprobs | None = None) -> bool:
         """Streams the text of new tokens; whether the answer has ended."""
@@ -310,9 +309,10 @@ class Answer:
     def _observe(self, session: Session) -> None:
         if self._shared.fixed_keep_ratio is not None:
             return
+        drafted = self._dflash_stats()
         observation = Observation(
-            accept_length=np.float32(self._drafted_tokens / self._drafted_steps if self._drafted_steps else 0.0),
-            steps=np.int32(self._drafted_steps),
+            accept_length=np.float32(drafted.accept_length if drafted else 0.0),
+            steps=np.int32(drafted.verify_steps if drafted else 0),
             degenerate=np.bool_(degenerate(np.asarray(self._generated, np.int32))),
             compressed=np.bool_(self._compressed),
         )
@@ -321,7 +321,6 @@ class Answer:
     def _stats(self) -> Stats:
         now = time.perf_counter()
         first = self._first_token if self._first_token is not None else now
-        dflash = DflashStats(self._drafted_steps, self._drafted_tokens) if self._drafted_steps else None
         return Stats(
             prompt_tokens=len(self.job.prompt),
             cached_tokens=self._cached,
@@ -330,5 +329,9 @@ class Answer:
             total_time=now - self.job.submitted,
             decode_time=now - self._prefilled if self._prefilled is not None else 0.0,
             pflash=self._pflash,
-            dflash=dflash,
+            dflash=self._dflash_stats(),
         )
+
+    def _dflash_stats(self) -> DflashStats | None:
+        steps, counts = int(self._drafted.sum()), self._drafted
+        return DflashStats(steps, int(counts @ np.arange(len(counts))), tuple(counts.tolist())) if steps else None

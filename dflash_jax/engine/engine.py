@@ -87,7 +87,7 @@ class Engine:
         self.chat_template = model.template.source
         self._scores = pflash != "off"
         depth = early_exit(target.config) if scorer is None else full_depth(scorer.config)
-        pages_per_sequence = -(-(self.context_length + QUESTION_ROWS + profile.block_rows) // profile.page_size)
+        pages_per_sequence = -(-(self.context_length + QUESTION_ROWS + profile.block_rows[-1]) // profile.page_size)
         # Every running answer can grow to the whole window, and one prompt can be scored beside them.
         num_pages = 1 + (max_sessions + self._scores) * pages_per_sequence
         programs = Programs(
@@ -117,7 +117,7 @@ class Engine:
             dflash=dflash,
             rule=rule,
             fixed_keep_ratio=keep_ratio,
-            times=StepTimes(plain=0.03, block=0.03),
+            times=StepTimes(plain=0.03, blocks=dict.fromkeys(programs.block_rows, 0.03)),
         )
         self._drafter_accept_length = 0.0
         self._max_sessions = max_sessions

@@ -39,13 +39,17 @@ def load_model(
     scorer: str | Path | None = None,
     profile: Profile | None = None,
     progress: Progress | None = None,
+    with_drafter: bool = True,
 ) -> Model:
     """Reads the model at `path` (a converted folder, a Hugging Face folder or a GGUF), or the default model.
 
-    Raises CheckpointError, ConfigError or TokenizerError with a line that says what to do.
+    The default model comes with a drafter of its own, which is left out where `with_drafter` is not set. Raises
+    CheckpointError, ConfigError or TokenizerError with a line that says what to do.
     """
     enable_persistent_cache()
     source = checkpoints.default_model(progress) if path is None else Path(path)
+    if path is None and drafter is None and with_drafter:
+        drafter = checkpoints.default_drafter(progress)
     profile = profile or profile_for_device()
     loaded = checkpoints.load(source, progress=progress)
     if not isinstance(loaded.config, ModelConfig):

@@ -16,7 +16,7 @@ class Profile:
     page_size       tokens per page
     chunks          rows of a prefill pass, ascending; a prompt is cut into the fewest passes, then the smallest
     plain_rows      rows of a step that commits one token
-    block_rows      rows of a step that verifies a block
+    block_rows      rows that a step which drafts may verify, ascending
     max_steps       steps of one visit to the device at most
     visit_seconds   how long a visit should take: what a client that goes away costs, and how finely text streams
     max_sessions    answers that run at the same time
@@ -26,7 +26,7 @@ class Profile:
     page_size: int
     chunks: tuple[int, ...]
     plain_rows: int
-    block_rows: int
+    block_rows: tuple[int, ...]
     max_steps: int
     visit_seconds: float
     max_sessions: int
@@ -50,7 +50,7 @@ def profile_for_device() -> Profile:
             page_size=128,
             chunks=(128, 1024),
             plain_rows=16,  # as many as a block: they cost the same, and tiles and bits are equal then
-            block_rows=16,
+            block_rows=(16,),
             max_steps=16,
             visit_seconds=0.03,
             max_sessions=4,
@@ -60,7 +60,7 @@ def profile_for_device() -> Profile:
         page_size=256,
         chunks=(32, 256),
         plain_rows=1,
-        block_rows=16,
+        block_rows=(4, 8, 16),
         max_steps=16,
         visit_seconds=0.06,
         max_sessions=2,

@@ -21,12 +21,13 @@ from dflash_jax.models.decoder import Decoder, empty_pools
 from dflash_jax.models.drafter import Drafter, empty_drafter_pools
 from dflash_jax.models.layers import KvPool
 from dflash_jax.speculate.loop import Visit, decode, prefill
-from dflash_jax.speculate.pace import StepTimes
+from dflash_jax.speculate.pace import PLAIN, StepTimes
 from dflash_jax.speculate.sampling import SamplingParameters
 from dflash_jax.speculate.step import Networks, Pools, Slots
 
 Step = tuple[str, Callable[[], object]]
 _MOST = 2**31 - 1
+_DUMMY_STEPS = 4
 _LEAST_TEMPERATURE, _LEAST_TOP_P = 1e-4, 1e-6
 
 
@@ -76,14 +77,17 @@ class Programs:
         self._num_pages, self._depth = num_pages, depth
         self._target_config, self._drafter_config = target.config, drafter.config if drafter else None
         self._scorer_config = scorer.config if scorer else None
-        self._block_rows = min(profile.block_rows, drafter.config.block_size) if drafter else profile.block_rows
+        block_rows = {min(rows, drafter.config.block_size) for rows in profile.block_rows} if drafter else set()
+        self.block_rows = tuple(sorted(block_rows))
         self._weights = (_Weights(target), _Weights(drafter))
         self._scorer_weights = _Weights(scorer if scorer is not None else target)
         page_size = profile.page_size
         self._prefill = self._compile(prefill, page_size=page_size)
         self._decode = {
-            draft: self._compile(decode, draft=draft, rows=rows, capacity=profile.max_steps * rows, page_size=page_size)
-            for draft, rows in ((False, profile.plain_rows), (True, self._block_rows))
+            kind: self._compile(
+                decode, draft=kind != PLAIN, rows=rows, capacity=profile.max_steps * rows, page_size=page_size
+            )
+            for kind, rows in ((PLAIN, profile.plain_rows), *((rows, rows) for rows in self.block_rows))
         }
         self._read = self._compile_scorer(read_chunk, donated=(1, 2), depth=depth, page_size=page_size)
         self._score = self._compile_scorer(score_tokens, donated=(1,), depth=depth, page_size=page_size)
@@ -120,15 +124,18 @@ class Programs:
         tokens, positions = self._pad(tokens), self._pad(positions)
         self.pools = self._prefill(self._leaves, self.pools, tokens, positions, table, np.asarray([start], np.int32))
 
-    def decode(self, slots: Slots, sampling: SamplingParameters, *, draft: bool, max_steps: int) -> tuple[Visit, Slots]:
-        """One visit: the device decodes up to `max_steps` steps; the visit's log-probabilities stay on the device."""
+    def decode(self, slots: Slots, sampling: SamplingParameters, rows: int, *, max_steps: int) -> tuple[Visit, Slots]:
+        """One visit: the device decodes up to `max_steps` steps; the visit's log-probabilities stay on the device.
+
+        `rows` is one of `block_rows`, or PLAIN for steps without proposals.
+        """
         if sampling.extras is None:
             sampling = dataclasses.replace(sampling, extras=self._no_extras)
-        visit, self.pools, slots = self._decode[draft](
+        visit, self.pools, slots = self._decode[rows](
             self._leaves, self.pools, slots, sampling, np.int32(min(max_steps, self.profile.max_steps))
         )
-        tokens, count, steps = jax.device_get((visit.tokens, visit.count, visit.steps))
-        return dataclasses.replace(visit, tokens=tokens, count=count, steps=steps), slots
+        host = {name: getattr(visit, name) for name in ("tokens", "count", "steps", "steps_by_count")}
+        return dataclasses.replace(visit, **jax.device_get(host)), slots
 
     def new_keys(self) -> Keys:
         """Buffers for the keys of one prompt that is being scored."""
@@ -174,9 +181,9 @@ class Programs:
             (f"prefill of {rows} tokens", functools.partial(self._run_dummy_prefill, rows, table))
             for rows in self.profile.chunks
         ]
-        steps.append(("plain decoding", functools.partial(self._run_dummy_decode, draft=False)))
-        if self.has_drafter:
-            steps.append(("decoding with DFlash", functools.partial(self._run_dummy_decode, draft=True)))
+        for rows in self._decode:
+            label = f"decoding with DFlash, {rows} rows" if rows else "plain decoding"
+            steps.append((label, functools.partial(self._run_dummy_decode, rows)))
         if with_scoring:
             steps += [
                 (f"scoring of {rows} tokens", functools.partial(self._run_dummy_read, rows, table))
@@ -188,16 +195,16 @@ class Programs:
         return steps
 
     def measure_steps(self) -> StepTimes:
-        """Seconds of a plain step and of a block on an almost empty context."""
+        """Seconds of a plain step and of blocks of all sizes on an almost empty context."""
         seconds = {}
-        for draft in (False, True) if self.has_drafter else (False,):
+        for rows in self._decode:
             samples = []
             for _ in range(3):
                 started = time.perf_counter()
-                self._run_dummy_decode(draft=draft)
+                self._run_dummy_decode(rows)
                 samples.append(time.perf_counter() - started)
-            seconds[draft] = min(samples) / 2
-        return StepTimes(plain=seconds[False], block=seconds.get(True, seconds[False]))
+            seconds[rows] = min(samples) / _DUMMY_STEPS
+        return StepTimes(plain=seconds.pop(PLAIN), blocks=seconds)
 
     @property
     def _leaves(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
@@ -250,9 +257,9 @@ class Programs:
         scores = self.score(self.new_keys(), question, question, table, 0, 0)
         select(scores, np.ones(1, np.bool_), 0.5)
 
-    def _run_dummy_decode(self, *, draft: bool) -> None:
+    def _run_dummy_decode(self, rows: int) -> None:
         slots = new_slots(self.page_table(()), length=0, position=0, anchor=0, limit=1 << 20, stop_ids=())
-        self.decode(slots, sampling_parameters(temperature=0.0), draft=draft, max_steps=2)
+        self.decode(slots, sampling_parameters(temperature=0.0), rows, max_steps=_DUMMY_STEPS)
 
 
 def new_slots(

@@ -129,6 +129,8 @@ class DflashStats:
 
     verify_steps: int
     committed_tokens: int
+    steps_by_count: tuple[int, ...] = ()
+    """Entry c: how many steps committed c tokens."""
 
     @property
     def accept_length(self) -> float:

@@ -25,6 +25,8 @@ class Visit:
     """Zeros unless a slot asked for something special."""
     count: Int[Array, " slots"]
     steps: Int[Array, ""]
+    steps_by_count: Int[Array, "slots counts"]
+    """Entry c: how many steps committed c tokens."""
 
 
 def prefill(
@@ -86,7 +88,8 @@ def decode(
 
         tokens = append(visit.tokens, committed.tokens)
         logprobs = jax.tree.map(append, visit.logprobs, committed.logprobs)
-        return Visit(tokens, logprobs, visit.count + committed.count, visit.steps + 1), pools, slots
+        seen = visit.steps_by_count.at[slot[:, 0], committed.count].add(1)
+        return Visit(tokens, logprobs, visit.count + committed.count, visit.steps + 1, seen), pools, slots
 
     num_slots = slots.anchor.shape[0]
     empty = Visit(
@@ -94,5 +97,6 @@ def decode(
         logprobs=no_logprobs(num_slots, capacity, networks.target.config.vocab_size),
         count=jnp.zeros(num_slots, jnp.int32),
         steps=jnp.int32(0),
+        steps_by_count=jnp.zeros((num_slots, rows + 1), jnp.int32),
     )
     return jax.lax.while_loop(room, step, (empty, pools, slots))

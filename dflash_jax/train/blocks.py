@@ -100,7 +100,7 @@ def _attend(
     causal: bool,
 ) -> Float[Array, "rows slots heads head_dim"]:
     """Slot t of the block at anchor a sees context tokens before a, and its block's slots."""
-    (rows, slots, heads, head_dim), blocks = queries.shape, anchors.shape[1]
+    (rows, slots, _, head_dim), blocks = queries.shape, anchors.shape[1]
     size, kv_heads, length = slots // blocks, context[0].shape[2], context[0].shape[1]
     grouped = (queries * jnp.asarray(scale, queries.dtype)).reshape(rows, blocks, size, kv_heads, -1, head_dim)
     keys, values = (part.reshape(rows, blocks, size, kv_heads, head_dim) for part in own)

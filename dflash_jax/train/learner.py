@@ -62,6 +62,8 @@ class Learner:
     def __init__(self, target: Decoder, config: DrafterConfig, recipe: Recipe) -> None:
         self.config, self.recipe = config, recipe
         self._graph, self._weights = nnx.split(target)
+        scale = target.final_norm.scale
+        self._norm_scale = jnp.ones(config.hidden_size) if scale is None else scale.get_value()  # what the head expects
         self._dtype = target.dtype
         self._optimiser = _optimiser(recipe)
         self._step = jax.jit(self._learn, donate_argnums=(1,))
@@ -71,8 +73,7 @@ class Learner:
         """The state before the first step, from random parameters or from given ones."""
         values = parameters
         if values is None:
-            scale = self._weights["final_norm"]["scale"].get_value()  # the head expects the target's scale
-            values = {**initial_parameters(self.config, seed), "final_norm": scale}
+            values = {**initial_parameters(self.config, seed), "final_norm": self._norm_scale}
         mine = {name: jnp.array(value, jnp.float32) for name, value in values.items()}
         return State(mine, self._optimiser.init(mine), jnp.int32(0))
 
@@ -157,7 +158,7 @@ def initial_parameters(config: DrafterConfig, seed: int) -> Parameters:
 
 
 def _head(target: Decoder) -> Logits:
-    """The target's head in the compute dtype: gradients flow through it, which kernels for quantised weights do not do."""
+    """The target's head as a dense matrix: kernels for quantised weights let no gradient through."""
     weight = target.embedding if target.head is None else target.head.weight
     matrix = quantised_matmul.dequantise(weight.get_value(), target.config.hidden_size).astype(target.dtype)
     cap = target.config.final_softcap

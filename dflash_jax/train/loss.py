@@ -22,7 +22,7 @@ _CONFIDENCE_FLOOR = 0.5
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """`loss` and its `norm`, summed over blocks; per block, whether it is `live` and how many tokens it would commit."""
+    """`loss` and its `norm`, summed over blocks; of each block, whether it is `live` and the tokens it would commit."""
 
     loss: Float[Array, ""]
     norm: Float[Array, ""]

@@ -69,7 +69,7 @@ def run(
     `samples` are those of another run; without them the target writes `tokens` tokens of conversations first, from the
     prompts in `data` or from its own questions. `again` starts another run from the parameters that `out` has.
     """
-    loaded = load_model(model, progress=progress)
+    loaded = load_model(model, progress=progress, with_drafter=False)
     if loaded.tokenizer is None or loaded.template.source is None:
         raise RequestError("train-drafter needs a model with a tokenizer and a chat template")
     out.mkdir(parents=True, exist_ok=True)

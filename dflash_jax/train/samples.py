@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 LENGTHS = (512, 1024, 2048)
 """Samples of a batch are padded to one of these: each is a program to compile."""
@@ -29,12 +30,14 @@ class Samples:
     starts: np.ndarray
 
     @staticmethod
-    def of(rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Samples:
+    def of(rows: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]]) -> Samples:
         """From (tokens, is answer) of every sample."""
-        starts = np.cumsum([0, *(len(tokens) for tokens, _ in rows)])
-        tokens = np.concatenate([np.asarray(tokens, np.int32) for tokens, _ in rows] or [np.zeros(0, np.int32)])
-        answers = np.concatenate([np.asarray(answers, np.bool_) for _, answers in rows] or [np.zeros(0, np.bool_)])
-        return Samples(tokens, answers, starts)
+        tokens = [np.asarray(tokens, np.int32) for tokens, _ in rows]
+        answers = [np.asarray(answers, np.bool_) for _, answers in rows]
+        starts = np.cumsum([0, *map(len, tokens)])
+        return Samples(
+            np.concatenate([np.zeros(0, np.int32), *tokens]), np.concatenate([np.zeros(0, np.bool_), *answers]), starts
+        )
 
     @staticmethod
     def load(file: Path) -> Samples:

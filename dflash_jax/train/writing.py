@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from dflash_jax.engine.request import RequestError
 from dflash_jax.models.decoder import Decoder, Place, empty_pools
@@ -56,14 +57,22 @@ class Written:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Device state of all slots. `length` tokens are in the pools; the first `given` are known, the rest is drawn."""
+    """State of all slots, on the device during a visit and in numpy between visits.
 
-    tokens: Int[Array, "slots room"]
-    length: Int[Array, " slots"]
-    given: Int[Array, " slots"]
-    end: Int[Array, " slots"]
-    temperature: Float[Array, " slots"]
-    live: Bool[Array, " slots"]
+    tokens       i32[slots, room]
+    length       i32[slots]: how many of them are in the pools
+    given        i32[slots]: how many are known; what follows is drawn
+    end          i32[slots]: where a turn must end
+    temperature  f32[slots]
+    live         bool[slots]
+    """
+
+    tokens: Any
+    length: Any
+    given: Any
+    end: Any
+    temperature: Any
+    live: Any
 
 
 @dataclasses.dataclass
