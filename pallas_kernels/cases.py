@@ -13,7 +13,7 @@ from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
-    """Arguments of block_attention. `lengths` has the token index of each slot's first row."""
+    """Arguments of block_attention. `lengths` has the token index of each slot's first row; a ring has `pages` pages."""
 
     name: str
     lengths: tuple[int, ...]
@@ -26,6 +26,7 @@ class AttentionCase:
     dtype: str = "float32"
     window: int | None = None
     causal: bool = True
+    ring: bool = False
 
     def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments; pages of a slot are scattered over the pool."""
@@ -46,6 +47,7 @@ class AttentionCase:
             "scale": self.head_dim**-0.5,
             "window": self.window,
             "causal": self.causal,
+            "ring": self.ring,
         }
         return positional, keywords
 
@@ -151,12 +153,15 @@ SMALL_ATTENTION = (
     AttentionCase("block", (21, 5), 16, 6, 2, 32, 16, 4),
     AttentionCase("three heads share", (40,), 16, 9, 3, 64, 32, 2),
     AttentionCase("window", (50,), 16, 4, 2, 32, 16, 5, window=20),
+    AttentionCase("window in a ring", (150, 5), 16, 4, 2, 32, 16, 4, window=20, ring=True),
     AttentionCase("bidirectional", (17,), 16, 4, 4, 32, 16, 4, causal=False),
     AttentionCase("chunk", (33,), 60, 4, 1, 32, 32, 4),
     AttentionCase("bf16", (37,), 16, 4, 2, 64, 32, 3, dtype="bfloat16"),
     AttentionCase("nothing before", (0,), 16, 2, 1, 16, 16, 1),
     AttentionCase("splits", (200, 3), 16, 4, 2, 32, 16, 16),
     AttentionCase("splits and window", (200,), 16, 4, 2, 32, 16, 16, window=40),
+    AttentionCase("splits and window in a ring", (1000, 90), 16, 4, 2, 32, 16, 16, window=200, ring=True),
+    AttentionCase("chunk in a ring", (333,), 60, 4, 1, 32, 16, 8, window=50, ring=True),
     AttentionCase("head of 512", (70,), 16, 4, 1, 512, 16, 6),
 )
 LARGE_ATTENTION = (
@@ -165,6 +170,19 @@ LARGE_ATTENTION = (
     AttentionCase("Qwen3-8B step, 32K", (32_000,), 16, 32, 8, 128, 128, 256, dtype="bfloat16"),
     AttentionCase("Gemma 3 27B local step, 32K", (32_000,), 16, 32, 16, 128, 128, 256, dtype="bfloat16", window=1024),
     AttentionCase("Gemma 4 31B local step, 32K", (32_000,), 16, 32, 16, 256, 128, 256, dtype="bfloat16", window=1024),
+    AttentionCase(
+        "Gemma 4 31B local step in a ring, 128K",
+        (131_000,),
+        16,
+        32,
+        16,
+        256,
+        128,
+        17,
+        dtype="bfloat16",
+        window=1024,
+        ring=True,
+    ),
     AttentionCase("Gemma 4 31B global step, 32K", (32_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
     AttentionCase("Gemma 4 31B global step, 4K of 32K", (4_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
 )

@@ -21,6 +21,7 @@ def block_attention(
     scale: float,
     window: int | None = None,
     causal: bool = True,
+    ring: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T H D"]:
     """Mixes values for T query rows of each of B slots.
@@ -28,13 +29,16 @@ def block_attention(
     Query t of slot b has token index `starts[b] + t`; token index j lives in pool row
     `page_table[b, j // page_size] * page_size + j % page_size`, and the rows' own K and V are already there. The query
     sees key j iff `j <= starts[b] + t` (causal) or `j < starts[b] + T` (not causal), and `starts[b] + t - j < window`
-    where a window is given. Softmax in f32 of `scale * q.k`; a row that sees nothing gives zeros. Pools hold finite
+    where a window is given. With `ring` the table goes round: token index j lives in the page of column
+    `(j // page_size) % P`, which must be the right one for all that the rows see. Softmax in f32 of `scale * q.k`; a row that sees nothing gives zeros. Pools hold finite
     numbers everywhere.
 
     A row's result is bit-equal whatever the other rows and slots hold. Raises NotImplementedError when a named
     implementation cannot take these arguments, ValueError when shapes do not fit.
     """
     _check(queries, key_pool, value_pool, page_size)
+    if ring and window is None:
+        raise ValueError("a ring of pages holds no more than a window: give the window")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise NotImplementedError(
             f"block_attention has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
@@ -52,6 +56,7 @@ def block_attention(
         scale=scale,
         window=window,
         causal=causal,
+        ring=ring,
     )
 
 

@@ -22,14 +22,14 @@ def block_attention(
     scale: float,
     window: int | None = None,
     causal: bool = True,
+    ring: bool = False,
 ) -> Float[Array, "B T H D"]:
     """See `api.block_attention`."""
     if queries.shape[1] == 1 and causal:
         # One row alone takes another path of XLA's CPU dot, with other bits; a second row keeps it on the common one.
         pair = jnp.concatenate([queries, queries], axis=1)
-        return block_attention(
-            pair, key_pool, value_pool, page_table, starts, page_size=page_size, scale=scale, window=window
-        )[:, :1]
+        sizes = {"page_size": page_size, "scale": scale, "window": window, "ring": ring}
+        return block_attention(pair, key_pool, value_pool, page_table, starts, **sizes)[:, :1]
     batch, rows, heads, head_dim = queries.shape
     kv_heads = key_pool.shape[1]
     group = heads // kv_heads
@@ -46,7 +46,8 @@ def block_attention(
 
     def visit(page: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, total, mixed = state  # [B, kv_heads, T*group], same, [B, kv_heads, T*group, D]
-        ids = jax.lax.dynamic_index_in_dim(page_table, page, axis=1, keepdims=False)
+        column = jax.lax.rem(page, page_table.shape[1]) if ring else page
+        ids = jax.lax.dynamic_index_in_dim(page_table, column, axis=1, keepdims=False)
         keys = jnp.take(key_pages, ids, axis=0, mode="clip").transpose(0, 2, 1, 3)  # [B, kv_heads, page, D]
         values = jnp.take(value_pages, ids, axis=0, mode="clip").transpose(0, 2, 1, 3)
         scores = jax.lax.dot_general(
@@ -67,7 +68,8 @@ def block_attention(
         return new_highest, total * keep + jnp.sum(weights, axis=3), mixed * keep[..., None] + part
 
     first_page = jnp.maximum(jnp.min(first_seen), 0) // page_size
-    end_page = jnp.minimum(jnp.max(last_seen) // page_size + 1, page_table.shape[1])
+    end_page = jnp.max(last_seen) // page_size + 1
+    end_page = end_page if ring else jnp.minimum(end_page, page_table.shape[1])
     shape = (batch, kv_heads, rows * group)
     state = (
         jnp.full(shape, -jnp.inf, jnp.float32),

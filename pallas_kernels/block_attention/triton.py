@@ -47,6 +47,7 @@ def block_attention(
     scale: float,
     window: int | None = None,
     causal: bool = True,
+    ring: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
     """See `api.block_attention`. Raises NotImplementedError for sizes that are not powers of two."""
@@ -75,6 +76,7 @@ def block_attention(
         scale=scale,
         window=window,
         causal=causal,
+        ring=ring,
     )
     whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
     shape = (splits, batch, kv_heads, tiles * tile)
@@ -137,6 +139,7 @@ def _kernel(
     scale: float,
     window: int | None,
     causal: bool,
+    ring: bool,
 ) -> None:
     place, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
@@ -149,16 +152,17 @@ def _kernel(
     first_token = start + index * tile // group
     last_seen = token if causal else jnp.full_like(token, start + rows - 1)
     end = (last_token if causal else start + rows - 1) // key_block + 1
-    end = jnp.minimum(end, num_pages * (page_size // key_block))
+    end = end if ring else jnp.minimum(end, num_pages * (page_size // key_block))
     first_seen = jnp.int32(0) if window is None else jnp.maximum(first_token - (window - 1), 0)
     begin = jax.lax.div(first_seen, key_block)
     begin = begin + jax.lax.rem(split + splits - jax.lax.rem(begin, splits), splits)  # the split's first one from there
     visits = jax.lax.div(jnp.maximum(end - begin, 0) + splits - 1, splits)
 
-    def visit(number, state):
+    def visit(turn, state):
         highest, total, mixed = state
-        place = (begin + number * splits) * key_block
-        page = table_ref[slot, jax.lax.div(place, page_size)]
+        place = (begin + turn * splits) * key_block
+        number = jax.lax.div(place, page_size)
+        page = table_ref[slot, jax.lax.rem(number, num_pages) if ring else number]
         at = pl.ds(page * page_size + jax.lax.rem(place, page_size), key_block)
         key = plt.load(key_ref.at[at, head, :])
         value = plt.load(value_ref.at[at, head, :])

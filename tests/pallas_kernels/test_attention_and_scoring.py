@@ -45,7 +45,8 @@ def dense_attention(case: AttentionCase) -> np.ndarray:
     out = np.zeros(queries.shape)
     group = case.heads // case.kv_heads
     for slot, start in enumerate(np.asarray(starts)):
-        place = (np.asarray(table)[slot][:, None] * case.page_size + np.arange(case.page_size)).reshape(-1)
+        number, offset = np.divmod(np.arange(start + case.rows), case.page_size)
+        place = np.asarray(table)[slot, number % case.pages] * case.page_size + offset
         for row in range(case.rows):
             token = start + row
             keys = np.arange(token + 1 if case.causal else start + case.rows)
@@ -93,6 +94,29 @@ def test_a_row_does_not_depend_on_its_neighbours(implementation: str) -> None:
     attend = jax.jit(functools.partial(ATTENTION[implementation], **keywords))
     changed = queries.at[:, 7:].set(100.0).at[1].set(-3.0)
     assert np.array_equal(attend(queries, *rest)[0, :7], attend(changed, *rest)[0, :7])
+
+
+@pytest.mark.parametrize("implementation", ATTENTION)
+def test_a_ring_gives_the_bits_of_a_table_of_all_pages(implementation: str) -> None:
+    """Same pages in the same order: only where a page number is looked up differs."""
+    case = AttentionCase("window", (150,), 16, 4, 2, 32, 16, 16, window=20)
+    (*arrays, table, starts), keywords = case.arguments()
+    attend = ATTENTION[implementation]
+    ring = np.zeros((1, 4), np.int32)
+    for number in range(7, 11):  # pages of the tokens 131 to 165, which the rows see
+        ring[0, number % 4] = table[0, number]
+    of_ring = attend(*arrays, jnp.asarray(ring), starts, **{**keywords, "ring": True})
+    of_all = attend(*arrays, table, starts, **keywords)
+    if implementation == "reference":
+        assert np.array_equal(of_ring, of_all)
+    else:  # a shorter table has fewer splits, which are put together in another order
+        np.testing.assert_allclose(of_ring, of_all, atol=1e-6)
+
+
+def test_a_ring_needs_a_window() -> None:
+    positional, keywords = SMALL_ATTENTION[0].arguments()
+    with pytest.raises(ValueError, match="give the window"):
+        block_attention.block_attention(*positional, **{**keywords, "ring": True})
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
