@@ -13,7 +13,7 @@ from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
-    """Arguments of block_attention. `lengths` has the token index of each slot's first row; a ring has `pages` pages."""
+    """Arguments of block_attention: `lengths` has token indices of slots' first rows, `pages` is the table's width."""
 
     name: str
     lengths: tuple[int, ...]

@@ -65,12 +65,13 @@ def read_chunk(
     page_table: Int[Array, "1 pages"],
     starts: Int[Array, " 1"],
     first: Int[Array, ""],
+    ring_table: Int[Array, "1 ring_pages"] | None = None,
     *,
     depth: Depth,
     page_size: int,
 ) -> tuple[tuple[KvPool, ...], Keys]:
     """The scorer reads one chunk; its keys go to `first..` of the buffers, which must have room for all rows."""
-    place = Place(page_table, starts, positions, page_size)
+    place = Place(page_table, starts, positions, page_size, ring_table)
     passed = scorer(tokens, pools, place, num_layers=depth.num_layers, unrotated=depth.scoring_layers)
     new_keys = tuple(
         jax.lax.dynamic_update_slice_in_dim(buffer, key[0].astype(buffer.dtype), first, axis=0)
@@ -88,12 +89,13 @@ def score_tokens(
     page_table: Int[Array, "1 pages"],
     starts: Int[Array, " 1"],
     length: Int[Array, ""],
+    ring_table: Int[Array, "1 ring_pages"] | None = None,
     *,
     depth: Depth,
     page_size: int,
 ) -> tuple[Float[Array, "layers tokens"], tuple[KvPool, ...]]:
     """Each scoring layer's scores of the first `length` tokens of the key buffers; zero beyond."""
-    place = Place(page_table, starts, positions, page_size)
+    place = Place(page_table, starts, positions, page_size, ring_table)
     passed = scorer(question, pools, place, num_layers=depth.num_layers, unrotated=depth.scoring_layers)
     pages = jnp.arange(keys[0].shape[0] // page_size, dtype=jnp.int32)
     scores = [

@@ -21,7 +21,7 @@ from dflash_jax.control.degenerate import degenerate
 from dflash_jax.control.rules import Rule, update
 from dflash_jax.control.state import Observation
 from dflash_jax.engine.extras import LogprobStream, extras_of, with_answer
-from dflash_jax.engine.programs import Programs, chunks_of, new_slots, put, sampling_parameters
+from dflash_jax.engine.programs import Programs, Tables, chunks_of, new_slots, put, sampling_parameters
 from dflash_jax.engine.request import (
     DflashStats,
     Event,
@@ -149,40 +149,41 @@ class Answer:
     ) -> Generator[None, None, np.ndarray]:
         """Scores what is new in the prompt (all after the first `known` tokens) and returns which of it is kept."""
         shared, prompt = self._shared, self.job.prompt
-        programs, store, page_size = shared.programs, shared.store, shared.store.page_size
+        programs, store = shared.programs, shared.store
         while shared.scorer_busy:
             yield
         started = time.perf_counter()
         readable = np.concatenate([session.kept, np.ones(len(mask), np.bool_)])
         ids, positions = prompt.token_ids[readable], rope_positions(readable, shared.positions)
-        borrowed: list[int] = []
+        branch: Session | None = None
         shared.scorer_busy = True
         try:
-            if programs.has_own_scorer:
-                start, table = 0, programs.page_table(range(1, programs.pages_per_sequence + 1))
-            else:
-                # The session's own KV is the beginning of what the scorer reads; the rest goes into borrowed pages.
-                start, full = session.length, session.length // page_size
-                borrowed = store.borrow(-(-(len(ids) + QUESTION_ROWS) // page_size) - full)
-                table = programs.page_table(session.pages[:full] + borrowed)
-                if start % page_size:
-                    programs.copy_page(session.pages[full], borrowed[0])
+            if not programs.has_own_scorer:
+                # The session's own KV is the beginning of what the scorer reads; the rest is on pages of the branch.
+                branch = store.branch(session)
+                store.grow(branch, len(ids) + QUESTION_ROWS)
+            start = branch.length if branch else 0
             keys = programs.new_keys()
             for begin, end in chunks_of(len(ids) - start, programs.profile):
                 rows = slice(start + begin, start + end)
-                keys = programs.read_for_scoring(keys, ids[rows], positions[rows], table, start + begin, begin)
+                tables = self._tables(branch, end - begin) if branch else programs.scorer_tables()
+                keys = programs.read_for_scoring(keys, ids[rows], positions[rows], tables, start + begin, begin)
                 jax.block_until_ready(keys)
+                if branch:
+                    branch.length = start + end
                 yield
             question = question_tokens(prompt, QUESTION_ROWS)
             question = ids[-QUESTION_ROWS:] if question is None else question
             after = np.arange(QUESTION_ROWS, dtype=np.int32)
             asked = question[after % len(question)]
-            scores = programs.score(keys, asked, positions[-1] + 1 + after, table, len(ids), len(ids) - start)
+            tables = self._tables(branch, QUESTION_ROWS) if branch else programs.scorer_tables()
+            scores = programs.score(keys, asked, positions[-1] + 1 + after, tables, len(ids), len(ids) - start)
             # Tokens before the new ones may be read again (a separate scorer reads all); they are not up for selection.
             again = len(ids) - start - len(mask)
             kept = select(scores, np.concatenate([np.zeros(again, np.bool_), mask]), keep_ratio)[again:]
         finally:
-            store.pages.release(borrowed)
+            if branch:
+                store.release(branch)
             shared.scorer_busy = False
         milliseconds = 1000 * (time.perf_counter() - started)
         self._pflash = PflashStats(len(mask), int(kept.sum()), keep_ratio, milliseconds)
@@ -193,14 +194,19 @@ class Answer:
         shared = self._shared
         ids, positions = session.ids[session.kept], rope_positions(session.kept, shared.positions)
         shared.store.grow(session, len(ids))
-        table = shared.programs.page_table(session.pages)
         start = session.length
         for begin, end in chunks_of(len(ids) - 1 - start, shared.programs.profile):
             rows = slice(start + begin, start + end)
-            shared.programs.prefill_chunk(ids[rows], positions[rows], table, start + begin)
+            tables = self._tables(session, end - begin)
+            shared.programs.prefill_chunk(ids[rows], positions[rows], tables, start + begin)
             jax.block_until_ready(shared.programs.pools.target[0][0])
             session.length = start + end
             yield
+
+    def _tables(self, session: Session, ahead: int) -> Tables:
+        """The session's tables for so many tokens past its length, for which its ring slides on."""
+        self._shared.store.slide(session, ahead)
+        return self._shared.programs.tables(session.pages, session.ring, session.length)
 
     def _decode(self, session: Session) -> Iterator[None]:
         shared, job = self._shared, self.job
@@ -208,7 +214,7 @@ class Answer:
         sampling = job.sampling
         compact = int(session.kept.sum()) - 1
         slots = new_slots(
-            programs.page_table(session.pages),
+            self._tables(session, 0),
             length=session.length,
             position=compact if shared.positions == "compact" else len(session.ids) - 1,
             anchor=int(session.ids[-1]),
@@ -232,7 +238,8 @@ class Answer:
                 rows = pace.best_block(shared.times) if shared.dflash == "on" else pace.rows(shared.times)
             max_steps = max(1, min(profile.max_steps, round(profile.visit_seconds / shared.times.of(rows))))
             if self._grow(session, max_steps * (rows or profile.plain_rows) + profile.block_rows[-1]):
-                slots = dataclasses.replace(slots, page_table=put(programs.page_table(session.pages)))
+                tables = programs.tables(session.pages, session.ring, session.length)
+                slots = dataclasses.replace(slots, page_table=put(tables.pages), ring_table=put(tables.ring))
             if sampling.penalises and parameters.extras is not None:
                 parameters = dataclasses.replace(
                     parameters, extras=put(with_answer(parameters.extras, self._generated))
@@ -253,11 +260,12 @@ class Answer:
             yield
 
     def _grow(self, session: Session, ahead: int) -> bool:
-        """Pages for so many tokens ahead, as far as a sequence may go; whether there are new ones."""
-        shared, before = self._shared, len(session.pages)
+        """Pages for so many tokens ahead, as far as a sequence may go; whether tables have changed."""
+        shared, pages, ring = self._shared, list(session.pages), dict(session.ring)
         longest = shared.programs.pages_per_sequence * shared.store.page_size
         shared.store.grow(session, min(session.length + ahead, longest))
-        return len(session.pages) > before
+        shared.store.slide(session, ahead)
+        return (pages, ring) != (session.pages, session.ring)
 
     def _take(self, session: Session, tokens: np.ndarray, steps: int) -> None:
         session.ids = np.concatenate([session.ids, tokens])

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dflash_jax.cache.sessions import SessionStore
+from dflash_jax.cache.pages import PageAllocator
+from dflash_jax.cache.sessions import RingPages, SessionStore
 from dflash_jax.compress.prune import Gate, Mode, Positions
 from dflash_jax.compress.score import QUESTION_ROWS, early_exit, full_depth
 from dflash_jax.compress.spans import Prompt
@@ -89,7 +90,10 @@ class Engine:
         depth = early_exit(target.config) if scorer is None else full_depth(scorer.config)
         pages_per_sequence = -(-(self.context_length + QUESTION_ROWS + profile.block_rows[-1]) // profile.page_size)
         # Every running answer can grow to the whole window, and one prompt can be scored beside them.
-        num_pages = 1 + (max_sessions + self._scores) * pages_per_sequence
+        sequences = max_sessions + self._scores
+        num_pages = 1 + sequences * pages_per_sequence
+        ring = profile.ring(target.config, pages_per_sequence)
+        num_ring_pages = 1 + sequences * ring.most_held if ring else 1
         programs = Programs(
             target,
             model.drafter if dflash != "off" else None,
@@ -98,12 +102,15 @@ class Engine:
             profile=profile,
             num_pages=num_pages,
             pages_per_sequence=pages_per_sequence,
+            ring=ring,
+            num_ring_pages=num_ring_pages,
         )
         store = SessionStore(
             num_pages=num_pages,
             page_size=profile.page_size,
             new_controller=lambda: initial(rule, keep_ratio),
             copy_page=programs.copy_page,
+            rings=RingPages(ring, PageAllocator(num_ring_pages), programs.copy_ring_page) if ring else None,
         )
         cost = depth.num_layers / target.config.num_layers if scorer is None else _bytes(scorer) / _bytes(target)
         self._shared = Shared(
@@ -258,6 +265,7 @@ class Engine:
             "active_sessions": float(runner.active if runner else 0),
             "pages_used": float(pages.used),
             "pages_total": float(pages.total),
+            "read_again_tokens": float(self._shared.store.read_again),
             "compilations": float(compilations()),
             "drafter_self_check_accept_length": self._drafter_accept_length,
         }

@@ -7,6 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dflash_jax.models.config import ModelConfig
+from dflash_jax.models.ring import Ring, ring_of
+
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
@@ -30,6 +33,21 @@ class Profile:
     max_steps: int
     visit_seconds: float
     max_sessions: int
+
+    @property
+    def visit_rows(self) -> int:
+        """Rows after a sequence's length that one visit to the device may write."""
+        return self.max_steps * max(self.plain_rows, *self.block_rows) + self.block_rows[-1]
+
+    def ring(self, config: ModelConfig, pages_per_sequence: int) -> Ring | None:
+        """How a model's layers with a window are stored; None if they store all tokens as the others do."""
+        return ring_of(
+            config,
+            chunk=self.chunks[-1],
+            visit=self.visit_rows,
+            page_size=self.page_size,
+            pages_per_sequence=pages_per_sequence,
+        )
 
     def chunk_for(self, remaining: int) -> int:
         """Rows of the next prefill pass when so many tokens remain."""

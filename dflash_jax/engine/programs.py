@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from dflash_jax.engine.request import Sampling
 from dflash_jax.models.decoder import Decoder, empty_pools
 from dflash_jax.models.drafter import Drafter, empty_drafter_pools
 from dflash_jax.models.layers import KvPool
+from dflash_jax.models.ring import Held, Ring
 from dflash_jax.speculate.loop import Visit, decode, prefill
 from dflash_jax.speculate.pace import PLAIN, StepTimes
 from dflash_jax.speculate.sampling import SamplingParameters
@@ -40,6 +41,13 @@ def put(value: Any) -> Any:
     return jax.device_put(value, jax.devices()[0])
 
 
+class Tables(NamedTuple):
+    """Where the K and V of one sequence are: i32[1, pages_per_sequence] and, where there are rings, i32[1, width]."""
+
+    pages: np.ndarray
+    ring: np.ndarray | None = None
+
+
 class _Weights:
     """A network taken apart for jit: its leaves travel as a flat tuple, which dispatches fastest."""
 
@@ -56,7 +64,8 @@ class _Weights:
 class Programs:
     """Device state of one engine and the programs on it. Not thread-safe: one thread owns it.
 
-    `num_pages` counts page 0. `scorer` is None when the target's own first layers score.
+    `scorer` is None when the target's own first layers score. With a `ring` the target's layers with a window have
+    pools of `num_ring_pages` pages; without one they store all tokens. Both numbers of pages count page 0.
     """
 
     def __init__(
@@ -69,14 +78,18 @@ class Programs:
         profile: Profile,
         num_pages: int,
         pages_per_sequence: int,
+        ring: Ring | None = None,
+        num_ring_pages: int = 1,
     ) -> None:
         self.profile = profile
         self.pages_per_sequence = pages_per_sequence
+        self.ring = ring
         self.has_drafter = drafter is not None
         self.has_own_scorer = scorer is not None
-        self._num_pages, self._depth = num_pages, depth
+        self._num_pages, self._num_ring_pages, self._depth = num_pages, num_ring_pages, depth
         self._target_config, self._drafter_config = target.config, drafter.config if drafter else None
         self._scorer_config = scorer.config if scorer else None
+        self._scorer_ring = profile.ring(scorer.config, pages_per_sequence) if scorer else None
         block_rows = {min(rows, drafter.config.block_size) for rows in profile.block_rows} if drafter else set()
         self.block_rows = tuple(sorted(block_rows))
         self._weights = (_Weights(target), _Weights(drafter))
@@ -93,36 +106,52 @@ class Programs:
         self._score = self._compile_scorer(score_tokens, donated=(1,), depth=depth, page_size=page_size)
         self.vocabulary = target.config.vocab_size
         self._no_extras = put(extras_of(Sampling(), np.zeros(0, np.int32), self.vocabulary))
-        self._copy = jax.jit(functools.partial(_copy_page, page_size=page_size), donate_argnums=(0,))
+        in_ring = [ring is not None and layer.window is not None for layer in target.config.own_layers]
+        self._copy = {
+            ring_page: jax.jit(
+                functools.partial(_copy_page, in_ring=in_ring, ring_page=ring_page, page_size=page_size),
+                donate_argnums=(0,),
+            )
+            for ring_page in (False, True)
+        }
         self.pools: Pools
         self.reset()
 
     def reset(self) -> None:
         """Empty pools; whatever they held is lost."""
         sizes = {"page_size": self.profile.page_size, "dtype": self.profile.dtype}
-        target = empty_pools(self._target_config, num_pages=self._num_pages, **sizes)
+        ring_pages = self._num_ring_pages if self.ring else None
+        target = empty_pools(self._target_config, num_pages=self._num_pages, num_ring_pages=ring_pages, **sizes)
         config = self._drafter_config
         drafter = empty_drafter_pools(config, num_pages=self._num_pages, **sizes) if config else ()
         self.pools = put(Pools(target, drafter))
         config = self._scorer_config
-        own_pages = self.pages_per_sequence + 1
-        self._scorer_pools = put(empty_pools(config, num_pages=own_pages, **sizes)) if config else None
+        own = {"num_pages": self.pages_per_sequence + 1}
+        if self._scorer_ring:
+            own["num_ring_pages"] = self._scorer_ring.width + 1
+        self._scorer_pools = put(empty_pools(config, **own, **sizes)) if config else None
 
     @property
     def lost(self) -> bool:
         """Whether a program failed after it had taken the pools: only `reset` helps then."""
         return any(leaf.is_deleted() for leaf in jax.tree.leaves((self.pools, self._scorer_pools)))
 
-    def page_table(self, pages: Sequence[int]) -> np.ndarray:
-        """i32[1, pages_per_sequence], padded with page 0."""
-        table = np.zeros((1, self.pages_per_sequence), np.int32)
-        table[0, : len(pages)] = pages
-        return table
+    def tables(self, pages: Sequence[int], held: Held, length: int) -> Tables:
+        """The tables, padded with page 0, of a sequence with these pages and ring pages whose next row is `length`."""
+        return Tables(self._page_table(pages), self.ring.table(held, length) if self.ring else None)
 
-    def prefill_chunk(self, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int) -> None:
+    def scorer_tables(self) -> Tables:
+        """The tables of the one sequence in the pools of a scorer of its own."""
+        ring = self._scorer_ring
+        return Tables(
+            self._page_table(range(1, self.pages_per_sequence + 1)), ring.whole_table() if ring is not None else None
+        )
+
+    def prefill_chunk(self, tokens: np.ndarray, positions: np.ndarray, tables: Tables, start: int) -> None:
         """Stores K and V of as many tokens as one of the profile's chunks has rows at most."""
         tokens, positions = self._pad(tokens), self._pad(positions)
-        self.pools = self._prefill(self._leaves, self.pools, tokens, positions, table, np.asarray([start], np.int32))
+        starts = np.asarray([start], np.int32)
+        self.pools = self._prefill(self._leaves, self.pools, tokens, positions, tables.pages, starts, tables.ring)
 
     def decode(self, slots: Slots, sampling: SamplingParameters, rows: int, *, max_steps: int) -> tuple[Visit, Slots]:
         """One visit: the device decodes up to `max_steps` steps; the visit's log-probabilities stay on the device.
@@ -147,38 +176,43 @@ class Programs:
         return put(empty_keys(config, self._depth, tokens=tokens + room, dtype=self.profile.dtype))
 
     def read_for_scoring(
-        self, keys: Keys, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int, first: int
+        self, keys: Keys, tokens: np.ndarray, positions: np.ndarray, tables: Tables, start: int, first: int
     ) -> Keys:
         """The scorer reads one chunk of prompt at token index `start`.
 
         The `first` tokens read so far have their keys.
         """
-        arguments = (self._pad(tokens), self._pad(positions), table, np.asarray([start], np.int32), np.int32(first))
+        rows, starts = (self._pad(tokens), self._pad(positions)), np.asarray([start], np.int32)
+        arguments = (*rows, tables.pages, starts, np.int32(first), tables.ring)
         pools, keys = self._read(self._scorer_weights.leaves, self._get_scorer_pools(), keys, *arguments)
         self._set_scorer_pools(pools)
         return keys
 
     def score(
-        self, keys: Keys, question: np.ndarray, positions: np.ndarray, table: np.ndarray, start: int, length: int
+        self, keys: Keys, question: np.ndarray, positions: np.ndarray, tables: Tables, start: int, length: int
     ) -> jax.Array:
         """Scores f32[layers, tokens] of the `length` tokens whose keys are given, under QUESTION_ROWS question tokens.
 
         The question's own K and V go to token indices `start..`.
         """
-        arguments = (question[None], positions[None], table, np.asarray([start], np.int32), np.int32(length))
+        rows, starts = (question[None], positions[None]), np.asarray([start], np.int32)
+        arguments = (*rows, tables.pages, starts, np.int32(length), tables.ring)
         scores, pools = self._score(self._scorer_weights.leaves, self._get_scorer_pools(), keys, *arguments)
         self._set_scorer_pools(pools)
         return scores
 
     def copy_page(self, source: int, destination: int) -> None:
         """Copies one page in every pool under the sessions' page tables."""
-        self.pools = self._copy(self.pools, np.int32(source), np.int32(destination))
+        self.pools = self._copy[False](self.pools, np.int32(source), np.int32(destination))
+
+    def copy_ring_page(self, source: int, destination: int) -> None:
+        """Copies one page in every pool under the sessions' ring tables."""
+        self.pools = self._copy[True](self.pools, np.int32(source), np.int32(destination))
 
     def warm_up_steps(self, with_scoring: bool) -> list[Step]:
         """Labels and actions that compile every program by running it on page 0."""
-        table = self.page_table(())
         steps: list[Step] = [
-            (f"prefill of {rows} tokens", functools.partial(self._run_dummy_prefill, rows, table))
+            (f"prefill of {rows} tokens", functools.partial(self._run_dummy_prefill, rows))
             for rows in self.profile.chunks
         ]
         for rows in self._decode:
@@ -186,12 +220,14 @@ class Programs:
             steps.append((label, functools.partial(self._run_dummy_decode, rows)))
         if with_scoring:
             steps += [
-                (f"scoring of {rows} tokens", functools.partial(self._run_dummy_read, rows, table))
+                (f"scoring of {rows} tokens", functools.partial(self._run_dummy_read, rows))
                 for rows in self.profile.chunks
             ]
             question = np.zeros(QUESTION_ROWS, np.int32)
-            steps.append(("scores", functools.partial(self._run_dummy_score, question, table)))
+            steps.append(("scores", functools.partial(self._run_dummy_score, question)))
         steps.append(("copy of a page", lambda: self.copy_page(0, 0)))
+        if self.ring:
+            steps.append(("copy of a ring page", lambda: self.copy_ring_page(0, 0)))
         return steps
 
     def measure_steps(self) -> StepTimes:
@@ -239,36 +275,48 @@ class Programs:
         else:
             self._scorer_pools = pools
 
+    def _page_table(self, pages: Sequence[int]) -> np.ndarray:
+        table = np.zeros((1, self.pages_per_sequence), np.int32)
+        table[0, : len(pages)] = pages
+        return table
+
+    def _no_tables(self) -> Tables:
+        return self.tables((), {}, 0)
+
+    def _scoring_tables(self) -> Tables:
+        return self.scorer_tables() if self.has_own_scorer else self._no_tables()
+
     def _pad(self, values: np.ndarray) -> np.ndarray:
         rows = self.profile.chunk_for(len(values))
         return np.pad(values, (0, rows - len(values)))[None].astype(np.int32)
 
-    def _run_dummy_prefill(self, rows: int, table: np.ndarray) -> None:
+    def _run_dummy_prefill(self, rows: int) -> None:
         zeros = np.zeros(rows, np.int32)
-        self.prefill_chunk(zeros, zeros, table, 0)
+        self.prefill_chunk(zeros, zeros, self._no_tables(), 0)
         jax.block_until_ready(self.pools)
 
-    def _run_dummy_read(self, rows: int, table: np.ndarray) -> None:
+    def _run_dummy_read(self, rows: int) -> None:
         zeros = np.zeros(rows, np.int32)
-        self.read_for_scoring(self.new_keys(), zeros, zeros, table, 0, 0)
+        self.read_for_scoring(self.new_keys(), zeros, zeros, self._scoring_tables(), 0, 0)
         jax.block_until_ready(self._get_scorer_pools())
 
-    def _run_dummy_score(self, question: np.ndarray, table: np.ndarray) -> None:
-        scores = self.score(self.new_keys(), question, question, table, 0, 0)
+    def _run_dummy_score(self, question: np.ndarray) -> None:
+        scores = self.score(self.new_keys(), question, question, self._scoring_tables(), 0, 0)
         select(scores, np.ones(1, np.bool_), 0.5)
 
     def _run_dummy_decode(self, rows: int) -> None:
-        slots = new_slots(self.page_table(()), length=0, position=0, anchor=0, limit=1 << 20, stop_ids=())
+        slots = new_slots(self._no_tables(), length=0, position=0, anchor=0, limit=1 << 20, stop_ids=())
         self.decode(slots, sampling_parameters(temperature=0.0), rows, max_steps=_DUMMY_STEPS)
 
 
 def new_slots(
-    table: np.ndarray, *, length: int, position: int, anchor: int, limit: int, stop_ids: Sequence[int], stops: int = 8
+    tables: Tables, *, length: int, position: int, anchor: int, limit: int, stop_ids: Sequence[int], stops: int = 8
 ) -> Slots:
     """One slot at the beginning of an answer of at most `limit` tokens."""
     padded = (list(stop_ids) + [-1] * stops)[: max(stops, len(stop_ids))]
     fields = {
-        "page_table": np.asarray(table, np.int32),
+        "page_table": tables.pages,
+        "ring_table": tables.ring,
         "length": _one(length),
         "position": _one(position),
         "anchor": _one(anchor),
@@ -309,9 +357,23 @@ def chunks_of(total: int, profile: Profile) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _copy_page(pools: Pools, source: jax.Array, destination: jax.Array, *, page_size: int) -> Pools:
+def _copy_page(
+    pools: Pools,
+    source: jax.Array,
+    destination: jax.Array,
+    *,
+    in_ring: Sequence[bool],
+    ring_page: bool,
+    page_size: int,
+) -> Pools:
+    """Copies a page in the target's pools that are `in_ring`, or else in the others and the drafter's."""
+
     def copy(pool: jax.Array) -> jax.Array:
         page = jax.lax.dynamic_slice_in_dim(pool, source * page_size, page_size)
         return jax.lax.dynamic_update_slice_in_dim(pool, page, destination * page_size, axis=0)
 
-    return jax.tree.map(copy, pools)
+    target = [
+        jax.tree.map(copy, pool) if ring == ring_page else pool
+        for ring, pool in zip(in_ring, pools.target, strict=True)
+    ]
+    return Pools(tuple(target), pools.drafter if ring_page else jax.tree.map(copy, pools.drafter))

@@ -123,6 +123,11 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def own_layers(self) -> tuple[LayerConfig, ...]:
+        """The layers with K and V of their own: the first ones."""
+        return tuple(layer for layer in self.layers if layer.kv_source is None)
+
     def to_json(self) -> str:
         """The record as written to a converted folder."""
         return json.dumps(dataclasses.asdict(self), indent=1)

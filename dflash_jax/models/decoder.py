@@ -39,12 +39,20 @@ class Place:
     """Where rows stand: their slots' page tables, the token index of each slot's first row, RoPE positions of all rows.
 
     Token index (where K and V are stored, what masks compare) and position (what RoPE sees) differ in a pruned prompt.
+    With a `ring_table` (models/ring.py) layers with a window have pools of their own, whose pages it names.
     """
 
     page_table: Int[Array, "slots pages"]
     starts: Int[Array, " slots"]
     positions: Int[Array, "slots rows"]
     page_size: int
+    ring_table: Int[Array, "slots ring_pages"] | None = None
+
+    def table(self, layer: LayerConfig) -> tuple[Int[Array, "slots _pages"], bool]:
+        """The page table that a layer goes by, and whether it is a ring."""
+        if layer.window is None or self.ring_table is None:
+            return self.page_table, False
+        return self.ring_table, True
 
 
 QueriesKeys = tuple[Float[Array, "slots rows heads _head_dim"], Float[Array, "slots rows _kv_heads _head_dim"]]
@@ -107,16 +115,18 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "slots rows dim"], KvPool, tuple[Array, Array | None]]:
         """The mix, the pool with the rows' own K and V, and queries and own keys before RoPE."""
         q, k, v = self.project(x)
+        table, ring = place.table(self.layer)
         if k is not None and v is not None:
-            pool = write_rows(pool, rotate(k, rope), v, place.page_table, place.starts, place.page_size)
+            pool = write_rows(pool, rotate(k, rope), v, table, place.starts, place.page_size, ring=ring)
         mixed = block_attention(
             rotate(q, rope),
             *pool,
-            place.page_table,
+            table,
             place.starts,
             page_size=place.page_size,
             scale=self.layer.attention_scale,
             window=self.layer.window,
+            ring=ring,
         )
         return self.out(mixed.reshape(*x.shape[:2], -1)), pool, (q, k)
 
@@ -252,10 +262,16 @@ class Decoder(nnx.Module):
         return quantised_matmul.take_rows(weight.get_value(), ids, self.config.hidden_size).astype(self.dtype)
 
 
-def empty_pools(config: ModelConfig, *, num_pages: int, page_size: int, dtype: DTypeLike) -> tuple[KvPool, ...]:
-    """Zeroed K and V pools of the layers that have their own (the first ones); page 0 is the one that nobody reads."""
+def empty_pools(
+    config: ModelConfig, *, num_pages: int, page_size: int, dtype: DTypeLike, num_ring_pages: int | None = None
+) -> tuple[KvPool, ...]:
+    """Zeroed K and V pools of the layers that have their own (the first ones); page 0 is the one that nobody reads.
+
+    Layers with a window have `num_ring_pages` pages where a number is given, else as many as the others.
+    """
 
     def zeros(layer: LayerConfig) -> Array:
-        return jnp.zeros((num_pages * page_size, layer.num_kv_heads, layer.head_dim), dtype)
+        pages = num_pages if layer.window is None or num_ring_pages is None else num_ring_pages
+        return jnp.zeros((pages * page_size, layer.num_kv_heads, layer.head_dim), dtype)
 
-    return tuple((zeros(layer), zeros(layer)) for layer in config.layers if layer.kv_source is None)
+    return tuple((zeros(layer), zeros(layer)) for layer in config.own_layers)

@@ -13,10 +13,10 @@ from dflash_jax.models.config import RopeConfig
 from pallas_kernels.quantised_matmul import api as quantised_matmul
 
 Weight = quantised_matmul.Weight
-KvPool = tuple[Float[Array, "tokens _kv_heads _head_dim"], Float[Array, "tokens _kv_heads _head_dim"]]
+KvPool = tuple[Float[Array, "_tokens _kv_heads _head_dim"], Float[Array, "_tokens _kv_heads _head_dim"]]
 """K and V of one layer: `pages * page_size` rows each, shared by all sequences through page tables.
 
-Layers differ in heads (the underscores tell jaxtyping so).
+Layers differ in pages and heads (the underscores tell jaxtyping so).
 """
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -110,14 +110,18 @@ def write_rows(
     page_table: Int[Array, "slots pages"],
     starts: Int[Array, " slots"],
     page_size: int,
+    *,
+    ring: bool = False,
 ) -> KvPool:
     """Puts the rows at token indices `starts..` of each slot.
 
-    Rows past a slot's last page land in page 0, which nobody reads.
+    Rows past a slot's last page land in page 0, which nobody reads; a ring of pages goes round instead.
     """
     slots, rows = keys.shape[:2]
     index = starts[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]  # [slots, rows]
     page_number = index // page_size
+    if ring:
+        page_number = page_number % page_table.shape[1]
     inside = page_number < page_table.shape[1]
     page = jnp.take_along_axis(page_table, jnp.where(inside, page_number, 0), axis=1)
     target = jnp.where(inside, page * page_size + index % page_size, index % page_size).reshape(slots * rows)

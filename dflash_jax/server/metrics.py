@@ -37,6 +37,7 @@ _GAUGES = {
     "active_sessions": "Answers that are running.",
     "pages_used": "Pages of the KV cache in use.",
     "pages_total": "Pages of the KV cache.",
+    "read_again_tokens": "Known tokens that were prefilled anew because layers with a window had let go of them.",
     "compilations": "Programs compiled since the start; it must not grow while serving.",
     "drafter_self_check_accept_length": "Accept length on canned prompts at the start; 0 without a drafter.",
 }

@@ -36,6 +36,7 @@ def prefill(
     positions: Int[Array, "slots rows"],
     page_table: Int[Array, "slots pages"],
     starts: Int[Array, " slots"],
+    ring_table: Int[Array, "slots ring_pages"] | None = None,
     *,
     page_size: int,
 ) -> Pools:
@@ -43,7 +44,7 @@ def prefill(
 
     Rows past the end of a prompt may hold any token: what they store is overwritten before it is read.
     """
-    place = Place(page_table, starts, positions, page_size)
+    place = Place(page_table, starts, positions, page_size, ring_table)
     passed = networks.target(tokens, pools.target, place, capture=networks.captured_layers)
     if networks.drafter is None or passed.features is None:
         return dataclasses.replace(pools, target=passed.pools)

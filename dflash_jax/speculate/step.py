@@ -61,6 +61,7 @@ class Slots:
     stop_ids: Int[Array, "slots stops"]
     """Padded with -1."""
     live: Bool[Array, " slots"]
+    ring_table: Int[Array, "slots ring_pages"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def verify(
 
 def _place(slots: Slots, rows: int, page_size: int) -> Place:
     positions = slots.position[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]
-    return Place(slots.page_table, slots.length, positions, page_size)
+    return Place(slots.page_table, slots.length, positions, page_size, slots.ring_table)
 
 
 def _count(

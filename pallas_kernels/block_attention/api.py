@@ -30,8 +30,8 @@ def block_attention(
     `page_table[b, j // page_size] * page_size + j % page_size`, and the rows' own K and V are already there. The query
     sees key j iff `j <= starts[b] + t` (causal) or `j < starts[b] + T` (not causal), and `starts[b] + t - j < window`
     where a window is given. With `ring` the table goes round: token index j lives in the page of column
-    `(j // page_size) % P`, which must be the right one for all that the rows see. Softmax in f32 of `scale * q.k`; a row that sees nothing gives zeros. Pools hold finite
-    numbers everywhere.
+    `(j // page_size) % P`, which must be the right one for all that the rows see. Softmax in f32 of `scale * q.k`; a
+    row that sees nothing gives zeros. Pools hold finite numbers everywhere.
 
     A row's result is bit-equal whatever the other rows and slots hold. Raises NotImplementedError when a named
     implementation cannot take these arguments, ValueError when shapes do not fit.

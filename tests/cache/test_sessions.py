@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_jax.cache.pages import OutOfPagesError, PageAllocator
-from dflash_jax.cache.sessions import Session, SessionStore
+from dflash_jax.cache.sessions import RingPages, Session, SessionStore
+from dflash_jax.models.ring import ROLLBACK, Ring
 
 PAGE = 4
 
@@ -14,12 +15,27 @@ PAGE = 4
 class Device:
     """What the pages of a pool hold, as the store and its users see them."""
 
-    def __init__(self, num_pages: int = 12) -> None:
+    def __init__(self, num_pages: int = 12, ring: Ring | None = None, num_ring_pages: int = 1) -> None:
         self.rows = np.full((num_pages, PAGE), -1)
-        self.store = SessionStore(num_pages=num_pages, page_size=PAGE, new_controller=object, copy_page=self.copy)  # type: ignore[arg-type]
+        self.ring_rows = np.full((num_ring_pages, PAGE), -1)
+        self.ring = ring
+        self.store = SessionStore(
+            num_pages=num_pages,
+            page_size=PAGE,
+            new_controller=object,  # type: ignore[arg-type]
+            copy_page=lambda source, destination: self.copy(self.rows, source, destination),
+            rings=RingPages(
+                ring,
+                PageAllocator(num_ring_pages),
+                lambda source, destination: self.copy(self.ring_rows, source, destination),
+            )
+            if ring
+            else None,
+        )
 
-    def copy(self, source: int, destination: int) -> None:
-        self.rows[destination] = self.rows[source]
+    @staticmethod
+    def copy(rows: np.ndarray, source: int, destination: int) -> None:
+        rows[destination] = rows[source]
 
     def turn(
         self, ids: list[int], name: str | None = None, drop: frozenset[int] = frozenset(), answer: int = 0
@@ -41,12 +57,38 @@ class Device:
         session.kept = np.concatenate([session.kept, np.ones(answer, np.bool_)])
         tokens = session.ids[session.kept]
         self.store.grow(session, len(tokens))
+        if self.ring:
+            self.write_ring(session, tokens, self.ring)
         for index in range(session.length, len(tokens)):
             self.rows[session.pages[index // PAGE], index % PAGE] = tokens[index]
         session.length = len(tokens)
 
+    def write_ring(self, session: Session, tokens: np.ndarray, ring: Ring) -> None:
+        """Chunk by chunk through the ring table, each with padding or rejected rows behind it; then the old length."""
+        before = session.length
+        for start in range(before, len(tokens), ring.chunk):
+            end = min(start + ring.chunk, len(tokens))
+            session.length = start
+            self.store.slide(session, end - start)
+            assert len(session.ring) <= ring.most_held
+            table = ring.table(session.ring, start)[0]
+            for index in range(start, start + ring.chunk):
+                value = tokens[index] if index < end else -2
+                self.ring_rows[table[index // PAGE % ring.width], index % PAGE] = value
+            for index in range(start, end):
+                seen = range(max(0, index - ring.lookback), index + 1)
+                found = [self.ring_rows[table[i // PAGE % ring.width], i % PAGE] for i in seen]
+                assert found == tokens[seen.start : seen.stop].tolist()
+        session.length = before
+
     def held(self, session: Session) -> list[int]:
         return [int(self.rows[session.pages[i // PAGE], i % PAGE]) for i in range(session.length)]
+
+    def window(self, session: Session) -> list[int]:
+        """What the ring pages say of the tokens that the next row sees."""
+        assert self.ring is not None
+        seen = range(max(0, session.length - self.ring.lookback), session.length)
+        return [int(self.ring_rows[session.ring[i // PAGE], i % PAGE]) for i in seen]
 
 
 def test_a_conversation_that_goes_on_keeps_its_session_and_its_kv() -> None:
@@ -149,9 +191,12 @@ def test_idle_sessions_make_room_oldest_first_and_running_ones_stay() -> None:
     assert len(device.store) == 2
     assert device.held(running) == [2] * 8
     assert device.held(new) == [3] * 12
+    branch = device.store.branch(running)
     with pytest.raises(OutOfPagesError):
-        device.store.borrow(9)
+        device.store.grow(branch, 9 * PAGE)
+    device.store.release(branch)
     assert device.store.pages.free == 1
+    assert device.held(running) == [2] * 8
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,6 +215,84 @@ def test_any_course_of_conversations_keeps_every_kv_right(turns: list[tuple[int,
         if session.pages:
             device.store.forget(session)
     assert device.store.pages.used == 0
+
+
+RING = Ring(lookback=5, chunk=8, visit=6, page_size=PAGE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 150), st.integers(0, 90), st.booleans()), max_size=12))
+def test_any_course_of_conversations_keeps_every_window_right(turns: list[tuple[int, int, int, bool]]) -> None:
+    device = Device(num_pages=400, ring=RING, num_ring_pages=3 * RING.most_held)
+    live: list[Session] = []
+    for family, length, answer, goes_on in turns:
+        base = live[-1].ids.tolist() if goes_on and live else [family]
+        session, _ = device.turn([*base, *range(100, 99 + length)], answer=answer)
+        live = [*[s for s in live if s is not session], session]
+        device.store.end(session)
+        assert RING.reachable(session.ring, session.length) == session.length
+        for other in live:
+            if other.length:
+                tokens = other.ids[other.kept][: other.length].tolist()
+                assert device.held(other) == tokens
+                assert device.window(other) == tokens[max(0, other.length - RING.lookback) :]
+    for session in live:
+        if session.length:
+            device.store.forget(session)
+    rings = device.store._rings
+    assert rings is not None and rings.pages.used == device.store.pages.used == 0
+
+
+def long_answer() -> tuple[Device, Session]:
+    """A prompt of 300 tokens and an answer of 200, far longer than the windows that are kept."""
+    device = Device(num_pages=600, ring=RING, num_ring_pages=4 * RING.most_held)
+    session, _ = device.turn(list(range(300)))
+    device.write(session, answer=200)
+    device.store.end(session)
+    assert len(session.ring) <= RING.most_held
+    return device, session
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first_read"),
+    [
+        ("the same answer", 500),
+        ("the answer without its last tokens", 500 - ROLLBACK),
+        ("the answer without its beginning", 300),
+        ("the same turn once more", 299),
+        ("another end of the turn", 300 - ROLLBACK + 1),
+        ("another question after the same beginning", 0),
+    ],
+)
+def test_where_a_prompt_goes_on_from(prompt: str, first_read: int) -> None:
+    device, session = long_answer()
+    answer = session.ids.tolist()
+    ids = {
+        "the same answer": [*answer, 5],
+        "the answer without its last tokens": [*answer[:-ROLLBACK], 5],
+        "the answer without its beginning": [*answer[:300], *answer[400:]],
+        "the same turn once more": answer[:300],
+        "another end of the turn": [*answer[: 300 - ROLLBACK + 1], 5, 6],
+        "another question after the same beginning": [*answer[:100], 5, 6],
+    }[prompt]
+    found, known = device.store.begin(np.asarray(ids, np.int32))
+    assert found.length == first_read
+    assert device.store.read_again == min(known, 500) - first_read
+    assert device.window(found) == ids[max(0, first_read - RING.lookback) : first_read]
+
+
+def test_a_branch_leaves_its_session_as_it_was() -> None:
+    device, session = long_answer()
+    session.busy = True
+    pages, ring = list(session.pages), dict(session.ring)
+    branch = device.store.branch(session)
+    branch.ids = np.concatenate([branch.ids, np.full(90, 7, np.int32)])
+    branch.kept = np.ones(len(branch.ids), np.bool_)
+    device.write(branch)
+    assert device.window(branch) == [7] * RING.lookback
+    device.store.release(branch)
+    assert (session.pages, session.ring) == (pages, ring)
+    assert device.window(session) == session.ids[session.length - RING.lookback : session.length].tolist()
 
 
 def test_allocator_counts_readers() -> None:
