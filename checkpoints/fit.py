@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +13,41 @@ import jax
 from checkpoints.formats import stored_bytes
 from checkpoints.source import parameter_table
 from dflash_jax.models.config import DrafterConfig, ModelConfig
+from dflash_jax.models.ring import ring_of
 
 _FORMATS = {"f32": ("f32", 32), "bf16": ("bf16", 32), "w8": ("w8", 32), "w4 g32": ("w4", 32), "w4 g128": ("w4", 128)}
 _USABLE = 0.9
 """Share of the memory for weights and KV; the rest is for activations and programs."""
+_GPU_SIZES = {"chunk": 1024, "visit": 272, "page_size": 128}
+_CPU_SIZES = {"chunk": 256, "visit": 272, "page_size": 256}
+"""Of the engine's profiles: the storage of layers with a window depends on them."""
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def what_fits(config: ModelConfig | DrafterConfig) -> dict[str, Any]:
     """Context, bytes on the device by weights format, KV bytes per token, and the longest context beside the weights.
 
-    Every layer with K and V of its own stores those of all tokens, in bfloat16 on a GPU and f32 on a CPU. The context
-    is at most the model's own; 0 means that the weights alone do not fit.
+    K and V are bfloat16 on a GPU and f32 on a CPU. Layers with a window cost a sequence a fixed number of bytes, all
+    others the same for every token. The context is that of a single sequence without a scorer, and at most the model's
+    own; 0 means that the weights alone do not fit.
     """
     table = parameter_table(config)
     weights = {
         label: sum(stored_bytes(name, parameter, *chosen) for name, parameter in table.items())
         for label, chosen in _FORMATS.items()
     }
-    per_token = _kv_numbers(config) * (2 if jax.default_backend() == "gpu" else 4)
+    cost = _kv_cost(config)
     available, where = device_memory()
-    own = config.context_length if isinstance(config, ModelConfig) else None
-    longest = {label: max(0, int((available * _USABLE - size) // per_token)) for label, size in weights.items()}
+    own = {"context_length": config.context_length} if isinstance(config, ModelConfig) else {}
+    most = own.get("context_length", sys.maxsize)
     return {
-        **({} if own is None else {"context_length": own}),
+        **own,
         "device_bytes": weights,
-        "kv_bytes_per_token": per_token,
+        "kv_bytes_per_token": cost.per_token,
+        **({"kv_bytes_per_sequence": cost.sliding * cost.held} if cost.sliding else {}),
         "memory": where,
         "memory_bytes": available,
-        "longest_context": longest if own is None else {label: min(own, fits) for label, fits in longest.items()},
+        "longest_context": {label: cost.longest(available * _USABLE - size, most) for label, size in weights.items()},
     }
 
 
@@ -56,7 +64,32 @@ def device_memory() -> tuple[int, str]:
         return host, "host RAM"
 
 
-def _kv_numbers(config: ModelConfig | DrafterConfig) -> int:
+@dataclasses.dataclass(frozen=True)
+class _KvCost:
+    """A sequence of n tokens costs `per_token * n + sliding * min(n, held)` bytes of K and V."""
+
+    per_token: int
+    sliding: int = 0
+    held: int = 0
+
+    def longest(self, room: float, most: int) -> int:
+        """Tokens of the longest sequence whose K and V fit into so many bytes, `most` at most."""
+        tokens = room // (self.per_token + self.sliding)
+        if tokens >= self.held:
+            tokens = (room - self.sliding * self.held) // self.per_token if self.per_token else most
+        return int(min(most, max(0, tokens)))
+
+
+def _kv_cost(config: ModelConfig | DrafterConfig) -> _KvCost:
+    on_gpu = jax.default_backend() == "gpu"
+    width = 2 if on_gpu else 4
     if isinstance(config, DrafterConfig):
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return sum(2 * layer.num_kv_heads * layer.head_dim for layer in config.layers if layer.kv_source is None)
+        return _KvCost(2 * config.num_layers * config.num_kv_heads * config.head_dim * width)
+    sizes = _GPU_SIZES if on_gpu else _CPU_SIZES
+    ring = ring_of(config, pages_per_sequence=-(-config.context_length // sizes["page_size"]), **sizes)
+    total, sliding = 0, 0
+    for layer in config.own_layers:
+        in_ring = ring is not None and layer.window is not None
+        total += 2 * layer.num_kv_heads * layer.head_dim * width
+        sliding += 2 * layer.num_kv_heads * layer.head_dim * width if in_ring else 0
+    return _KvCost(total - sliding, sliding, ring.most_held * ring.page_size if ring else 0)

@@ -50,7 +50,7 @@ def _recall(model: Model, depth: Depth, prompts: int) -> str:
     programs = Programs(
         model.target, None, None, depth, profile=model.profile, num_pages=pages + 1, pages_per_sequence=pages
     )
-    table = programs.page_table(range(1, pages + 1))
+    table = programs.whole_tables()
     shares: dict[float, list[float]] = {ratio: [] for ratio in _KEPT}
     for index in range(prompts):
         needle, messages = _case(index)

@@ -94,24 +94,33 @@ def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> d
         drafter_config = _drafter_config(shape, config)
         drafter = Drafter(drafter_config, _parameters(drafter_parameters(drafter_config), "bf16"), dtype=profile.dtype)
         pages = -(-(max(contexts) + _STEPS * profile.block_rows[-1] * 8) // profile.page_size)
+        ring = profile.ring(config, pages)
         programs = Programs(
-            target, drafter, None, early_exit(config), profile=profile, num_pages=pages + 1, pages_per_sequence=pages
+            target,
+            drafter,
+            None,
+            early_exit(config),
+            profile=profile,
+            num_pages=pages + 1,
+            pages_per_sequence=pages,
+            ring=ring,
+            num_ring_pages=ring.width + 1 if ring else 1,
         )
         sizes = (_bytes(target), _bytes(drafter))
         del target, drafter
         rows = []
         for context in contexts:
             progress(f"context {context}", len(rows), len(contexts))
-            rows.append(_row(programs, config, context, pages, sizes))
+            rows.append(_row(programs, config, context, sizes))
     report = {**environment(), "model": f"{shape}, random w4 weights", "rows": rows}
     _print(report)
     write(json_file, report)
     return report
 
 
-def _row(programs: Programs, config: ModelConfig, context: int, pages: int, sizes: tuple[int, int]) -> dict[str, Any]:
+def _row(programs: Programs, config: ModelConfig, context: int, sizes: tuple[int, int]) -> dict[str, Any]:
     kinds = (PLAIN, programs.block_rows[-1])
-    (step, plain), (block, drafted) = (_visit(programs, context, pages, rows) for rows in kinds)
+    (step, plain), (block, drafted) = (_visit(programs, context, rows) for rows in kinds)
     kv = _kv_bytes(config, context, programs.profile.dtype.itemsize)
     bandwidth = BANDWIDTH.get(jax.devices()[0].device_kind)
     limit = (sizes[0] + kv) / bandwidth if bandwidth else None
@@ -128,12 +137,12 @@ def _row(programs: Programs, config: ModelConfig, context: int, pages: int, size
     }
 
 
-def _visit(programs: Programs, context: int, pages: int, rows: int) -> tuple[float, np.ndarray]:
+def _visit(programs: Programs, context: int, rows: int) -> tuple[float, np.ndarray]:
     """Seconds of a step, the best of a few visits (the first one compiles), and the tokens of a visit."""
     best, tokens = math.inf, np.zeros(0, np.int32)
     for _ in range(4):
         slots = new_slots(
-            programs.page_table(range(1, pages + 1)),
+            programs.whole_tables(),
             length=context,
             position=context,
             anchor=5,

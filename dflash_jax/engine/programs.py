@@ -140,12 +140,13 @@ class Programs:
         """The tables, padded with page 0, of a sequence with these pages and ring pages whose next row is `length`."""
         return Tables(self._page_table(pages), self.ring.table(held, length) if self.ring else None)
 
+    def whole_tables(self) -> Tables:
+        """The tables of a sequence that is alone in the pools."""
+        return self._whole(self.ring)
+
     def scorer_tables(self) -> Tables:
         """The tables of the one sequence in the pools of a scorer of its own."""
-        ring = self._scorer_ring
-        return Tables(
-            self._page_table(range(1, self.pages_per_sequence + 1)), ring.whole_table() if ring is not None else None
-        )
+        return self._whole(self._scorer_ring)
 
     def prefill_chunk(self, tokens: np.ndarray, positions: np.ndarray, tables: Tables, start: int) -> None:
         """Stores K and V of as many tokens as one of the profile's chunks has rows at most."""
@@ -279,6 +280,9 @@ class Programs:
         table = np.zeros((1, self.pages_per_sequence), np.int32)
         table[0, : len(pages)] = pages
         return table
+
+    def _whole(self, ring: Ring | None) -> Tables:
+        return Tables(self._page_table(range(1, self.pages_per_sequence + 1)), ring.whole_table() if ring else None)
 
     def _no_tables(self) -> Tables:
         return self.tables((), {}, 0)
