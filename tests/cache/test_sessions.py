@@ -85,10 +85,14 @@ class Device:
         return [int(self.rows[session.pages[i // PAGE], i % PAGE]) for i in range(session.length)]
 
     def window(self, session: Session) -> list[int]:
-        """What the ring pages say of the tokens that the next row sees."""
+        """What the ring pages say of the tokens that the next row sees; all that they hold must be right."""
         assert self.ring is not None
-        seen = range(max(0, session.length - self.ring.lookback), session.length)
-        return [int(self.ring_rows[session.ring[i // PAGE], i % PAGE]) for i in seen]
+        held = [i for i in range(session.length) if i // PAGE in session.ring]
+        found = [int(self.ring_rows[session.ring[i // PAGE], i % PAGE]) for i in held]
+        assert found == session.ids[session.kept][held].tolist()
+        seen = min(session.length, self.ring.lookback)
+        assert held[len(held) - seen :] == list(range(session.length - seen, session.length))
+        return found[len(found) - seen :]
 
 
 def test_a_conversation_that_goes_on_keeps_its_session_and_its_kv() -> None:
@@ -279,6 +283,16 @@ def test_where_a_prompt_goes_on_from(prompt: str, first_read: int) -> None:
     assert found.length == first_read
     assert device.store.read_again == min(known, 500) - first_read
     assert device.window(found) == ids[max(0, first_read - RING.lookback) : first_read]
+
+
+def test_a_fork_in_the_middle_of_a_page_writes_on_pages_of_its_own() -> None:
+    device, session = long_answer()
+    prompt = session.ids[:300].tolist()
+    fork, known = device.turn([*prompt[:298], 5, 6, 7])
+    assert fork is not session and known % PAGE and fork.ring[(known - 1) // PAGE - 1] in session.ring.values()
+    for each in (session, fork):
+        assert device.held(each) == each.ids.tolist()
+        assert device.window(each) == each.ids[-RING.lookback :].tolist()
 
 
 def test_a_branch_leaves_its_session_as_it_was() -> None:
