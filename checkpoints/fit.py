@@ -90,6 +90,6 @@ def _kv_cost(config: ModelConfig | DrafterConfig) -> _KvCost:
     total, sliding = 0, 0
     for layer in config.own_layers:
         in_ring = ring is not None and layer.window is not None
-        total += 2 * layer.num_kv_heads * layer.head_dim * width
-        sliding += 2 * layer.num_kv_heads * layer.head_dim * width if in_ring else 0
+        total += width * config.kv_numbers(layer)
+        sliding += width * config.kv_numbers(layer) if in_ring else 0
     return _KvCost(total - sliding, sliding, ring.most_held * ring.page_size if ring else 0)

@@ -27,14 +27,18 @@ class AttentionCase:
     window: int | None = None
     causal: bool = True
     ring: bool = False
+    key_dim: int | None = None
+    """Numbers of a key beside those of its value, in the compact form."""
 
     def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments; pages of a slot are scattered over the pool."""
         generator = np.random.default_rng(seed)
         slots, dtype = len(self.lengths), jnp.dtype(self.dtype)
         tokens = (1 + slots * self.pages) * self.page_size
-        queries = generator.standard_normal((slots, self.rows, self.heads, self.head_dim), np.float32)
-        pools = [generator.standard_normal((tokens, self.kv_heads, self.head_dim), np.float32) for _ in range(2)]
+        width = self.head_dim + (self.key_dim or 0)
+        queries = generator.standard_normal((slots, self.rows, self.heads, width), np.float32)
+        widths = (self.key_dim or self.head_dim, self.head_dim)
+        pools = [generator.standard_normal((tokens, self.kv_heads, each), np.float32) for each in widths]
         table = 1 + generator.permutation(slots * self.pages).astype(np.int32).reshape(slots, self.pages)
         positional = (
             jnp.asarray(queries, dtype),
@@ -48,13 +52,14 @@ class AttentionCase:
             "window": self.window,
             "causal": self.causal,
             "ring": self.ring,
+            "compact": self.key_dim is not None,
         }
         return positional, keywords
 
     @property
     def bytes(self) -> int:
         """K and V that must be read."""
-        width = jnp.dtype(self.dtype).itemsize * self.kv_heads * self.head_dim * 2
+        width = jnp.dtype(self.dtype).itemsize * self.kv_heads * (self.head_dim + (self.key_dim or self.head_dim))
         seen = [length + self.rows for length in self.lengths]
         return sum(seen if self.window is None else [min(n, self.window + self.rows) for n in seen]) * width
 
@@ -163,6 +168,9 @@ SMALL_ATTENTION = (
     AttentionCase("splits and window in a ring", (1000, 90), 16, 4, 2, 32, 16, 16, window=200, ring=True),
     AttentionCase("chunk in a ring", (333,), 60, 4, 1, 32, 16, 8, window=50, ring=True),
     AttentionCase("head of 512", (70,), 16, 4, 1, 512, 16, 6),
+    AttentionCase("compact", (70, 3), 16, 4, 2, 64, 16, 6, key_dim=16),
+    AttentionCase("compact, one row", (37,), 1, 4, 2, 64, 16, 4, key_dim=16),
+    AttentionCase("compact head of 512", (70,), 16, 4, 1, 512, 16, 6, key_dim=128),
 )
 LARGE_ATTENTION = (
     AttentionCase("SmolLM2 step, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16"),
@@ -184,6 +192,9 @@ LARGE_ATTENTION = (
         ring=True,
     ),
     AttentionCase("Gemma 4 31B global step, 32K", (32_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
+    AttentionCase(
+        "Gemma 4 31B global step, compact, 32K", (32_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16", key_dim=128
+    ),
     AttentionCase("Gemma 4 31B global step, 4K of 32K", (4_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
 )
 SMALL_SCORING = (

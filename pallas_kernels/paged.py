@@ -7,14 +7,14 @@ import jax
 _LEAST = 16
 
 
-def why_not(head_dim: int, page_size: int) -> str | None:
+def why_not(page_size: int, *head_dims: int) -> str | None:
     """What is wrong about these sizes, as the end of a sentence; None when the kernels take them."""
-    for name, size in (("head_dim", head_dim), ("page_size", page_size)):
+    for name, size in (("page_size", page_size), *(("head_dim", size) for size in head_dims)):
         if size & (size - 1) or size < _LEAST:
             return f"takes powers of two from {_LEAST} on, got {name} {size}"
     return None
 
 
-def default_implementation(head_dim: int, page_size: int) -> str:
+def default_implementation(page_size: int, *head_dims: int) -> str:
     """Triton on a GPU for the sizes that it takes; the reference elsewhere."""
-    return "triton" if jax.default_backend() == "gpu" and why_not(head_dim, page_size) is None else "reference"
+    return "triton" if jax.default_backend() == "gpu" and why_not(page_size, *head_dims) is None else "reference"

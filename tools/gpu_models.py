@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_rings import rings_row
 
 from checkpoints.random_models import random_drafter
 from dflash_jax.bench.haystack import NEEDLES, conversation
@@ -45,6 +46,7 @@ def _rows(model: Model) -> Iterator[dict[str, Any]]:
     yield _logits(model)
     yield from _decoding(model)
     yield from _pruning(model)
+    yield rings_row(model, _random_drafter)
 
 
 def _logits(model: Model) -> dict[str, Any]:

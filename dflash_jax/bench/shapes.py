@@ -212,8 +212,7 @@ def _head_bytes(config: ModelConfig) -> int:
 
 def _kv_bytes(config: ModelConfig, context: int, width: int) -> int:
     """K and V that a step reads: all tokens on full layers, a window of them on the others."""
-    seen = [min(context, layer.window or context) * layer.num_kv_heads * layer.head_dim for layer in config.layers]
-    return 2 * width * int(np.sum(seen))
+    return width * sum(min(context, layer.window or context) * config.kv_numbers(layer) for layer in config.layers)
 
 
 def _print(report: dict[str, Any]) -> None:

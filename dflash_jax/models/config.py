@@ -128,6 +128,19 @@ class ModelConfig:
         """The layers with K and V of their own: the first ones."""
         return tuple(layer for layer in self.layers if layer.kv_source is None)
 
+    def key_width(self, layer: LayerConfig) -> int:
+        """Numbers per head and token in the key pool of a layer: `head_dim`, or the compact form's fewer.
+
+        Where K is what V is, but for a norm's weight and RoPE, and RoPE turns some dims only, the others follow from V.
+        """
+        pairs = layer.rope.rotated_pairs
+        follows = layer.values_are_keys and self.v_norm and self.qk_norm and len(self.own_layers) == self.num_layers
+        return 2 * pairs if follows and pairs is not None else layer.head_dim
+
+    def kv_numbers(self, layer: LayerConfig) -> int:
+        """Numbers per token in the K and V of a layer."""
+        return layer.num_kv_heads * (self.key_width(layer) + layer.head_dim)
+
     def to_json(self) -> str:
         """The record as written to a converted folder."""
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -27,6 +27,8 @@ from dflash_jax.models.layers import (
     dense,
     rope_tables,
     rotate,
+    standing,
+    turning,
     write_rows,
 )
 from dflash_jax.models.per_layer import PerLayerEmbedding, PerLayerGate
@@ -92,6 +94,7 @@ class Attention(nnx.Module):
         self.v_norm = RMSNorm(None, eps=config.norm_eps) if config.v_norm and own else None
         self.num_heads = config.num_heads
         self.layer = layer
+        self.key_width = config.key_width(layer)
 
     def project(
         self, x: Float[Array, "slots rows dim"]
@@ -116,10 +119,14 @@ class Attention(nnx.Module):
         """The mix, the pool with the rows' own K and V, and queries and own keys before RoPE."""
         q, k, v = self.project(x)
         table, ring = place.table(self.layer)
-        if k is not None and v is not None:
-            pool = write_rows(pool, rotate(k, rope), v, table, place.starts, place.page_size, ring=ring)
+        queries, keys = rotate(q, rope), None if k is None else rotate(k, rope)
+        compact = self.key_width < self.layer.head_dim
+        if compact and keys is not None:
+            queries, keys = self._compact(queries, keys)
+        if keys is not None and v is not None:
+            pool = write_rows(pool, keys, v, table, place.starts, place.page_size, ring=ring)
         mixed = block_attention(
-            rotate(q, rope),
+            queries,
             *pool,
             table,
             place.starts,
@@ -127,8 +134,23 @@ class Attention(nnx.Module):
             scale=self.layer.attention_scale,
             window=self.layer.window,
             ring=ring,
+            compact=compact,
         )
         return self.out(mixed.reshape(*x.shape[:2], -1)), pool, (q, k)
+
+    def _compact(
+        self, queries: Float[Array, "slots rows heads head_dim"], keys: Float[Array, "slots rows kv_heads head_dim"]
+    ) -> tuple[Float[Array, "slots rows heads _width"], Float[Array, "slots rows kv_heads _key_width"]]:
+        """The compact form: keys of the dims that RoPE turns; in the others K is V times the weight of K's norm.
+
+        That weight goes to the queries, whose last `head_dim` numbers meet the values.
+        """
+        assert self.k_norm is not None
+        assert self.k_norm.scale is not None
+        weight = jnp.where(standing(self.key_width, self.layer.head_dim), self.k_norm.scale.get_value(), 0.0)
+        meeting_values = (queries.astype(jnp.float32) * weight[None, None, None, :]).astype(queries.dtype)
+        meeting_keys = turning(queries, self.key_width)
+        return jnp.concatenate([meeting_keys, meeting_values], axis=-1), turning(keys, self.key_width)
 
 
 class FeedForward(nnx.Module):
@@ -270,8 +292,8 @@ def empty_pools(
     Layers with a window have `num_ring_pages` pages where a number is given, else as many as the others.
     """
 
-    def zeros(layer: LayerConfig) -> Array:
+    def zeros(layer: LayerConfig, width: int) -> Array:
         pages = num_pages if layer.window is None or num_ring_pages is None else num_ring_pages
-        return jnp.zeros((pages * page_size, layer.num_kv_heads, layer.head_dim), dtype)
+        return jnp.zeros((pages * page_size, layer.num_kv_heads, width), dtype)
 
-    return tuple((zeros(layer), zeros(layer)) for layer in config.own_layers)
+    return tuple((zeros(layer, config.key_width(layer)), zeros(layer, layer.head_dim)) for layer in config.own_layers)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dflash_jax.models.config import RopeConfig
 from pallas_kernels.quantised_matmul import api as quantised_matmul
@@ -16,7 +17,7 @@ Weight = quantised_matmul.Weight
 KvPool = tuple[Float[Array, "_tokens _kv_heads _head_dim"], Float[Array, "_tokens _kv_heads _head_dim"]]
 """K and V of one layer: `pages * page_size` rows each, shared by all sequences through page tables.
 
-Layers differ in pages and heads (the underscores tell jaxtyping so).
+Layers differ in pages and heads, and K may be narrower than V (the underscores tell jaxtyping so).
 """
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -103,9 +104,20 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def turning(x: Float[Array, "... head_dim"], width: int) -> Float[Array, "... width"]:
+    """The dims of each head that RoPE turns, where it turns the first `width / 2` pairs only."""
+    half = x.shape[-1] // 2
+    return jnp.concatenate([x[..., : width // 2], x[..., half : half + width // 2]], axis=-1)
+
+
+def standing(width: int, head_dim: int) -> Bool[np.ndarray, " head_dim"]:
+    """Which dims of a head are not among those."""
+    return np.arange(head_dim) % (head_dim // 2) >= width // 2
+
+
 def write_rows(
     pool: KvPool,
-    keys: Float[Array, "slots rows kv_heads head_dim"],
+    keys: Float[Array, "slots rows kv_heads key_width"],
     values: Float[Array, "slots rows kv_heads head_dim"],
     page_table: Int[Array, "slots pages"],
     starts: Int[Array, " slots"],

@@ -11,8 +11,8 @@ IMPLEMENTATIONS = ("reference", "triton")
 
 
 def block_attention(
-    queries: Float[Array, "B T H D"],
-    key_pool: Float[Array, "tokens kv_heads D"],
+    queries: Float[Array, "B T H Q"],
+    key_pool: Float[Array, "tokens kv_heads K"],
     value_pool: Float[Array, "tokens kv_heads D"],
     page_table: Int[Array, "B P"],
     starts: Int[Array, " B"],
@@ -22,6 +22,7 @@ def block_attention(
     window: int | None = None,
     causal: bool = True,
     ring: bool = False,
+    compact: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T H D"]:
     """Mixes values for T query rows of each of B slots.
@@ -33,10 +34,13 @@ def block_attention(
     `(j // page_size) % P`, which must be the right one for all that the rows see. Softmax in f32 of `scale * q.k`; a
     row that sees nothing gives zeros. Pools hold finite numbers everywhere.
 
+    Queries are as wide as keys and values (Q = K = D). In the `compact` form a token's key is its K numbers followed
+    by its D values (Q = K + D): for layers whose keys are, but for a few dims, what their values are.
+
     A row's result is bit-equal whatever the other rows and slots hold. Raises NotImplementedError when a named
     implementation cannot take these arguments, ValueError when shapes do not fit.
     """
-    _check(queries, key_pool, value_pool, page_size)
+    _check(queries, key_pool, value_pool, page_size, compact)
     if ring and window is None:
         raise ValueError("a ring of pages holds no more than a window: give the window")
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -44,7 +48,7 @@ def block_attention(
             f"block_attention has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
         )
     if implementation is None:
-        implementation = default_implementation(queries.shape[-1], page_size)
+        implementation = default_implementation(page_size, key_pool.shape[2], value_pool.shape[2])
     chosen = triton if implementation == "triton" else reference
     return chosen.block_attention(
         queries,
@@ -57,15 +61,19 @@ def block_attention(
         window=window,
         causal=causal,
         ring=ring,
+        compact=compact,
     )
 
 
-def _check(queries: Array, key_pool: Array, value_pool: Array, page_size: int) -> None:
-    heads, head_dim = queries.shape[2:]
+def _check(queries: Array, key_pool: Array, value_pool: Array, page_size: int, compact: bool) -> None:
+    heads, width = queries.shape[2:]
     if key_pool.shape[0] % page_size or value_pool.shape[0] % page_size:
         raise ValueError(f"pools have {key_pool.shape[0]} rows, expected whole pages of {page_size}")
-    if key_pool.shape != value_pool.shape or key_pool.shape[2] != head_dim or heads % key_pool.shape[1]:
+    keys, values = key_pool.shape[2], value_pool.shape[2]
+    fitting = width == keys + values if compact else width == keys == values
+    if key_pool.shape[:2] != value_pool.shape[:2] or not fitting or heads % key_pool.shape[1]:
+        wanted = "queries as wide as keys and values together" if compact else "one width for all"
         raise ValueError(
-            f"queries have {heads} heads of {head_dim}, pools {key_pool.shape} and {value_pool.shape}: "
-            "expected equal pools [tokens, kv_heads, head_dim] with kv_heads dividing heads"
+            f"queries have {heads} heads of {width}, pools {key_pool.shape} and {value_pool.shape}: "
+            f"expected pools [tokens, kv_heads, width] with kv_heads dividing heads, and {wanted}"
         )

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 
 def block_attention(
-    queries: Float[Array, "B T H D"],
-    key_pool: Float[Array, "tokens kv_heads D"],
+    queries: Float[Array, "B T H Q"],
+    key_pool: Float[Array, "tokens kv_heads K"],
     value_pool: Float[Array, "tokens kv_heads D"],
     page_table: Int[Array, "B P"],
     starts: Int[Array, " B"],
@@ -23,22 +23,23 @@ def block_attention(
     window: int | None = None,
     causal: bool = True,
     ring: bool = False,
+    compact: bool = False,
 ) -> Float[Array, "B T H D"]:
     """See `api.block_attention`."""
     if queries.shape[1] == 1 and causal:
         # One row alone takes another path of XLA's CPU dot, with other bits; a second row keeps it on the common one.
         pair = jnp.concatenate([queries, queries], axis=1)
-        sizes = {"page_size": page_size, "scale": scale, "window": window, "ring": ring}
+        sizes = {"page_size": page_size, "scale": scale, "window": window, "ring": ring, "compact": compact}
         return block_attention(pair, key_pool, value_pool, page_table, starts, **sizes)[:, :1]
-    batch, rows, heads, head_dim = queries.shape
-    kv_heads = key_pool.shape[1]
+    batch, rows, heads, width = queries.shape
+    kv_heads, head_dim = value_pool.shape[1:]
     group = heads // kv_heads
     dtype = key_pool.dtype
-    key_pages = key_pool.reshape(-1, page_size, kv_heads, head_dim)
+    key_pages = key_pool.reshape(-1, page_size, kv_heads, key_pool.shape[2])
     value_pages = value_pool.reshape(-1, page_size, kv_heads, head_dim)
-    grouped = queries.reshape(batch, rows, kv_heads, group, head_dim)
+    grouped = queries.reshape(batch, rows, kv_heads, group, width)
     grouped = (grouped.astype(jnp.float32) * scale).astype(dtype)
-    grouped = grouped.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, rows * group, head_dim)
+    grouped = grouped.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, rows * group, width)
 
     query_index = starts[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]  # [B, T]
     last_seen = query_index if causal else jnp.broadcast_to(starts[:, None] + (rows - 1), query_index.shape)
@@ -48,8 +49,9 @@ def block_attention(
         highest, total, mixed = state  # [B, kv_heads, T*group], same, [B, kv_heads, T*group, D]
         column = jax.lax.rem(page, page_table.shape[1]) if ring else page
         ids = jax.lax.dynamic_index_in_dim(page_table, column, axis=1, keepdims=False)
-        keys = jnp.take(key_pages, ids, axis=0, mode="clip").transpose(0, 2, 1, 3)  # [B, kv_heads, page, D]
+        keys = jnp.take(key_pages, ids, axis=0, mode="clip").transpose(0, 2, 1, 3)  # [B, kv_heads, page, K]
         values = jnp.take(value_pages, ids, axis=0, mode="clip").transpose(0, 2, 1, 3)
+        keys = jnp.concatenate([keys, values], axis=-1) if compact else keys  # [B, kv_heads, page, Q]
         scores = jax.lax.dot_general(
             grouped, keys, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
         )  # [B, kv_heads, T*group, page]

@@ -37,8 +37,8 @@ _LOWEST = -1e30
 
 
 def block_attention(
-    queries: Float[Array, "B T H D"],
-    key_pool: Float[Array, "tokens kv_heads D"],
+    queries: Float[Array, "B T H Q"],
+    key_pool: Float[Array, "tokens kv_heads K"],
     value_pool: Float[Array, "tokens kv_heads D"],
     page_table: Int[Array, "B P"],
     starts: Int[Array, " B"],
@@ -48,22 +48,25 @@ def block_attention(
     window: int | None = None,
     causal: bool = True,
     ring: bool = False,
+    compact: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
     """See `api.block_attention`. Raises NotImplementedError for sizes that are not powers of two."""
-    batch, rows, heads, head_dim = queries.shape
-    kv_heads = key_pool.shape[1]
+    batch, rows, heads, width = queries.shape
+    kv_heads, head_dim = value_pool.shape[1:]
     group = heads // kv_heads
-    if reason := why_not(head_dim, page_size):
+    if reason := why_not(page_size, key_pool.shape[2], head_dim):
         raise NotImplementedError(f"block_attention on Triton {reason}")
     most = min(_TILE, max(_LEAST_TILE, _TILE_NUMBERS // head_dim))
     tile = min(most, max(_LEAST_TILE, pl.next_power_of_2(rows * group)))
     tiles = -(-rows * group // tile)
     key_block = min(_KEY_BLOCK, page_size)
     splits = _splits(batch * kv_heads * tiles, page_table.shape[1] * page_size // key_block)
-    stacked = queries.reshape(batch, rows, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
-    stacked = stacked.reshape(batch, kv_heads, rows * group, head_dim).astype(key_pool.dtype)
+    stacked = queries.reshape(batch, rows, kv_heads, group, width).transpose(0, 2, 1, 3, 4)
+    stacked = stacked.reshape(batch, kv_heads, rows * group, width).astype(key_pool.dtype)
     stacked = jnp.pad(stacked, ((0, 0), (0, 0), (0, tiles * tile - rows * group), (0, 0)))
+    # The kernel takes powers of two, so what meets the keys and what meets the values come apart.
+    parts = jnp.split(stacked, [key_pool.shape[2]], axis=-1) if compact else [stacked]
     kernel = functools.partial(
         _kernel,
         rows=rows,
@@ -77,6 +80,7 @@ def block_attention(
         window=window,
         causal=causal,
         ring=ring,
+        compact=compact,
     )
     whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
     shape = (splits, batch, kv_heads, tiles * tile)
@@ -87,7 +91,10 @@ def block_attention(
         kernel,
         grid=(batch * splits, kv_heads, tiles),
         in_specs=[
-            pl.BlockSpec((None, None, tile, head_dim), lambda place, head, t: (place // splits, head, t, 0)),
+            *[
+                pl.BlockSpec((None, None, tile, part.shape[3]), lambda place, head, t: (place // splits, head, t, 0))
+                for part in parts
+            ],
             *[whole] * 4,
         ],
         out_specs=[
@@ -105,7 +112,7 @@ def block_attention(
         compiler_params=plt.CompilerParams(num_warps=8 if head_dim > 256 else 4, num_stages=2),
         interpret=interpret,
         name="block_attention",
-    )(stacked, key_pool, value_pool, page_table, starts)
+    )(*parts, key_pool, value_pool, page_table, starts)
     share = jnp.exp(highest - jnp.max(highest, axis=0, keepdims=True))  # [splits, B, kv_heads, tiles * tile]
     total = jnp.sum(total * share, axis=0)
     mixed = jnp.sum(mixed * share[..., None], axis=0) / jnp.where(total == 0.0, 1.0, total)[..., None]
@@ -120,15 +127,7 @@ def _splits(programs: int, key_blocks: int) -> int:
 
 
 def _kernel(
-    query_ref,
-    key_ref,
-    value_ref,
-    table_ref,
-    starts_ref,
-    mixed_ref,
-    highest_ref,
-    total_ref,
-    *,
+    *refs,
     rows: int,
     group: int,
     tile: int,
@@ -140,11 +139,13 @@ def _kernel(
     window: int | None,
     causal: bool,
     ring: bool,
+    compact: bool,
 ) -> None:
+    *query_refs, key_ref, value_ref, table_ref, starts_ref, mixed_ref, highest_ref, total_ref = refs
     place, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
     start = starts_ref[slot]
-    query = query_ref[...]
+    query, *value_query = [ref[...] for ref in query_refs]
     precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
     row = jnp.minimum((index * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)) // group, rows - 1)
     token = start + row  # [tile, 1]
@@ -166,7 +167,10 @@ def _kernel(
         at = pl.ds(page * page_size + jax.lax.rem(place, page_size), key_block)
         key = plt.load(key_ref.at[at, head, :])
         value = plt.load(value_ref.at[at, head, :])
-        scores = plt.dot(query, key, trans_b=True, precision=precision) * scale  # [tile, key_block]
+        scores = plt.dot(query, key, trans_b=True, precision=precision)  # [tile, key_block]
+        if compact:
+            scores += plt.dot(value_query[0], value, trans_b=True, precision=precision)
+        scores = scores * scale
         key_token = place + jax.lax.broadcasted_iota(jnp.int32, (1, key_block), 1)
         seen = key_token <= last_seen
         if window is not None:
@@ -181,7 +185,7 @@ def _kernel(
     state = (
         jnp.full((tile, 1), _LOWEST, jnp.float32),
         jnp.zeros((tile, 1), jnp.float32),
-        jnp.zeros((tile, query.shape[1]), jnp.float32),
+        jnp.zeros(mixed_ref.shape, jnp.float32),
     )
     highest, total, mixed = jax.lax.fori_loop(0, visits, visit, state)
     mixed_ref[...] = mixed

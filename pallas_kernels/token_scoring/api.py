@@ -42,6 +42,6 @@ def token_scores(
             f"token_scores has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
         )
     if implementation is None:
-        implementation = default_implementation(queries.shape[-1], page_size)
+        implementation = default_implementation(page_size, queries.shape[-1])
     chosen = triton if implementation == "triton" else reference
     return chosen.token_scores(queries, key_pool, page_table, length, page_size=page_size, scale=scale, reduce=reduce)

@@ -37,7 +37,7 @@ def token_scores(
     rows, heads, head_dim = queries.shape
     kv_heads, pages = key_pool.shape[1], page_table.shape[0]
     group = heads // kv_heads
-    if reason := why_not(head_dim, page_size):
+    if reason := why_not(page_size, head_dim):
         raise NotImplementedError(f"token_scores on Triton {reason}")
     padded = max(_LEAST_HEADS, pl.next_power_of_2(group))
     grouped = queries.reshape(rows, kv_heads, group, head_dim).astype(key_pool.dtype)

@@ -11,7 +11,7 @@ import pytest
 from dflash_jax.engine.engine import Engine
 from dflash_jax.engine.loading import Model
 from dflash_jax.engine.profile import Profile
-from dflash_jax.models.config import ModelConfig
+from dflash_jax.models.config import ModelConfig, RopeConfig
 from tests.tiny import TARGET, tiny_drafter, tiny_model, tiny_target
 
 CONTEXT = 2048
@@ -20,12 +20,13 @@ QUESTION = {"role": "user", "content": "Say something."}
 
 
 def windowed(config: ModelConfig = TARGET) -> ModelConfig:
-    """Every layer but one has a small window, two different ones, as in Gemma 3."""
+    """As in Gemma 4: layers have small windows but for one, whose K and V are the same but for norm and RoPE."""
     windows = (20, 33, None, 20)
-    layers = tuple(
-        dataclasses.replace(layer, window=window) for layer, window in zip(config.layers, windows, strict=True)
+    layers = [dataclasses.replace(layer, window=window) for layer, window in zip(config.layers, windows, strict=True)]
+    layers[2] = dataclasses.replace(layers[2], values_are_keys=True, rope=RopeConfig(theta=1e4, rotated_pairs=2))
+    return dataclasses.replace(
+        config, layers=tuple(layers), qk_norm=True, v_norm=True, context_length=CONTEXT, stop_ids=(257,)
     )
-    return dataclasses.replace(config, layers=layers, context_length=CONTEXT, stop_ids=(257,))
 
 
 def windowed_model(drafted: bool = False, scored: bool = False) -> Model:
@@ -63,6 +64,7 @@ def test_layers_with_a_window_have_small_pools(make: Callable[..., Engine]) -> N
     engine = make(windowed_model(), pflash="off", max_sessions=1)
     ring, (local, other, full, last) = engine._shared.programs.ring, engine._shared.programs.pools.target
     assert ring is not None
+    assert full[0].shape[2] == 4 and full[1].shape[2] == 16
     assert {len(pool[0]) for pool in (local, other, last)} == {(1 + ring.most_held) * 16}
     assert len(full[0]) > CONTEXT > 2 * len(local[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dflash_jax.bench import shapes
 from dflash_jax.models.config import ConfigError, DrafterConfig, ModelConfig, RopeConfig
 from dflash_jax.models.hf_config import default_target_layers, drafter_from_hf, from_hf
 
@@ -215,3 +217,14 @@ def test_newer_drafters_keep_the_block_size_in_their_own_section() -> None:
 def test_what_a_drafter_lacks_is_named(change: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigError, match=found):
         drafter_from_hf({**DRAFTER, **change})
+
+
+def test_numbers_that_a_token_stores_in_a_layer() -> None:
+    """Gemma 4's full layers store V and the dims of K that turn; E2B's share pools, so they store K and V."""
+    config = from_hf(shapes.TARGETS["gemma4-31b"])
+    assert [config.kv_numbers(layer) for layer in config.layers[4:6]] == [16 * (256 + 256), 4 * (128 + 512)]
+    assert sum(config.kv_numbers(layer) for layer in config.layers if layer.window is None) * 2 == 10 * 5 * 1024
+    raw = dataclasses.replace(config, v_norm=False)
+    assert raw.kv_numbers(config.layers[5]) == 4 * (512 + 512)
+    shared = dataclasses.replace(config, layers=(*config.layers, dataclasses.replace(config.layers[5], kv_source=5)))
+    assert shared.kv_numbers(config.layers[5]) == 4 * (512 + 512)

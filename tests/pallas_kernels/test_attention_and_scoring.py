@@ -42,7 +42,8 @@ def tolerance(dtype: str) -> float:
 def dense_attention(case: AttentionCase) -> np.ndarray:
     (queries, key_pool, value_pool, table, starts), _ = case.arguments()
     queries, key_pool, value_pool = (np.asarray(x, np.float64) for x in (queries, key_pool, value_pool))
-    out = np.zeros(queries.shape)
+    out = np.zeros((*queries.shape[:3], case.head_dim))
+    key_pool = key_pool if case.key_dim is None else np.concatenate([key_pool, value_pool], axis=-1)
     group = case.heads // case.kv_heads
     for slot, start in enumerate(np.asarray(starts)):
         number, offset = np.divmod(np.arange(start + case.rows), case.page_size)
