@@ -19,7 +19,7 @@ from dflash_jax.control.state import ControllerState
 from dflash_jax.models.ring import ROLLBACK, Ring
 
 CopyPage = Callable[[int, int], None]
-"""Copies the K and V of one page (source, destination) in every pool of the device."""
+"""Copies the K and V of one page (source, destination) in every pool that has it."""
 
 
 @dataclasses.dataclass(frozen=True)
