@@ -114,9 +114,7 @@ def verify(
     """
     rows = proposals.shape[1] + 1
     place = _place(slots, rows, page_size)
-    # An embedding out of the table would be NaN, which masks do not keep from other rows.
-    readable = jnp.clip(proposals, 0, networks.target.config.vocab_size - 1)
-    block = jnp.concatenate([slots.anchor[:, None], readable], axis=1)
+    block = jnp.concatenate([slots.anchor[:, None], jnp.maximum(proposals, 0)], axis=1)
     passed = networks.target(block, pools.target, place, capture=networks.captured_layers)
     drafter_pools = pools.drafter
     if networks.drafter is not None and passed.features is not None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dflash_jax.engine.engine import Engine
-from dflash_jax.engine.request import RequestError, Result
+from dflash_jax.engine.request import RANGES, RequestError, Result
 from dflash_jax.engine.target import Target
+from dflash_jax.speculate.logprobs import TOP
 from tests.tiny import ScriptedDrafter, tiny_drafter, tiny_model, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "Say something."}]
@@ -171,3 +172,7 @@ def test_values_out_of_range_are_refused(plain: Engine, asked: dict[str, Any], m
         ask(plain, **asked)
     assert str(refused.value) == message
     assert refused.value.param == next(iter(asked))
+
+
+def test_a_request_may_ask_for_as_many_alternatives_as_are_looked_up() -> None:
+    assert RANGES["logprobs"] == (0, TOP)
