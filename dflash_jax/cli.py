@@ -286,7 +286,7 @@ def _verify(path: Path) -> list[str]:
 @click.option("--room", type=click.IntRange(min=128), default=1024, show_default=True, help="Tokens per conversation.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=8.0, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), help="Stop after so many steps, if that comes first.")
-@click.option("--again", is_flag=True, help="Train on from the drafter that OUT has, as a new run.")
+@click.option("--start", type=_FILE, help="A drafter to train on from, instead of a random one.")
 @click.option("--layers", type=click.IntRange(1, 32))
 @click.option("--features", type=click.IntRange(1, 16), help="Target layers that the drafter reads.")
 @click.option("--block-size", type=click.IntRange(2, 64))
@@ -308,7 +308,7 @@ def train_drafter(
     room: int,
     minutes: float,
     steps: int | None,
-    again: bool,
+    start: Path | None,
     seed: int,
     **recipe: Any,
 ) -> None:
@@ -332,7 +332,7 @@ def train_drafter(
             room=room,
             length=Length(60 * minutes, steps),
             seed=seed,
-            again=again,
+            start=start,
             progress=progress,
         )
     click.echo(f"accept length on held-out samples: {report['held_out_accept_length']} ({report['steps']} steps)")

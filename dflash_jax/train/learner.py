@@ -91,7 +91,9 @@ class Learner:
         draw, choose = jax.random.split(key)
         target = nnx.merge(self._graph, weights)
         blocks, features = self._read(target, tokens, answers, draw)
-        chosen = jax.random.bernoulli(choose, 0.5, (blocks.anchors.size,)) & bool(self.config.path_rank)
+        chosen = jax.random.bernoulli(choose, self.recipe.path_share, (blocks.anchors.size,)) & bool(
+            self.config.path_rank
+        )
 
         def loss(parameters: Parameters) -> tuple[Array, Score]:
             score = self._draft(target, parameters, blocks, features, chosen)

@@ -16,7 +16,7 @@ class Recipe:
     layers, features       draft layers, and target layers that they read
     block_size             rows of a block, anchor included
     window                 context tokens that the draft layers see
-    path_rank              rank of the path selector, 0 for none
+    path_rank, path_share  rank of the path selector, 0 for none, and the share of blocks that are corrected by it
     weighting, decay       of slots in the loss (train/loss.py)
     optimiser, rate        Muon for matrices and AdamW for the rest, or AdamW for all; the peak learning rate
     batch_tokens           tokens of a step
@@ -28,6 +28,7 @@ class Recipe:
     block_size: int = 16
     window: int = 1024
     path_rank: int = 128
+    path_share: float = 0.75
     weighting: Weighting = "d-pace"
     decay: float = 7.0
     optimiser: str = "adamw"

@@ -18,11 +18,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+import checkpoints
 from checkpoints.hf_writer import write_drafter
 from dflash_jax.console import Note, Progress
 from dflash_jax.engine.loading import Model, load_model
 from dflash_jax.engine.request import RequestError
 from dflash_jax.models.config import DrafterConfig
+from dflash_jax.models.parameters import drafter_parameters
 from dflash_jax.train.learner import Learner, State
 from dflash_jax.train.openings import Opening, joints, opening_ids, own_openings, read_openings
 from dflash_jax.train.recipe import Recipe
@@ -61,13 +63,13 @@ def run(
     room: int,
     length: Length,
     seed: int,
-    again: bool,
+    start: Path | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Trains a drafter into `out` and returns what came of it. A run that was stopped goes on where it was.
 
     `samples` are those of another run; without them the target writes `tokens` tokens of conversations first, from the
-    prompts in `data` or from its own questions. `again` starts another run from the parameters that `out` has.
+    prompts in `data` or from its own questions. `start` is a drafter to begin with instead of a random one.
     """
     loaded = load_model(model, progress=progress, with_drafter=False)
     if loaded.tokenizer is None or loaded.template.source is None:
@@ -76,7 +78,8 @@ def run(
     learnt_from = _samples(loaded, out, data, samples, tokens, slots, room, seed, progress)
     config = recipe.config_for(loaded.target.config, mask_id(loaded))
     learner = Learner(loaded.target, config, recipe)
-    report = _Run(learner, config, learnt_from, out, length, seed, progress).go(again)
+    first = learner.start(seed, _parameters(start, config) if start else None)
+    report = _Run(learner, config, learnt_from, out, length, seed, progress).go(first)
     (out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
@@ -100,8 +103,9 @@ class _Run:
         self._seed, self._progress = seed, progress
         self._store = _Store(out / "training", dataclasses.asdict(learner.recipe))
 
-    def go(self, again: bool) -> dict[str, Any]:
-        state, spent = self._store.read(self._learner, self._seed, again)
+    def go(self, state: State) -> dict[str, Any]:
+        """Learns from `state`, or from where a run in this folder stopped, to the end; writes the drafter."""
+        state, spent = self._store.read(state)
         key = jax.random.key(self._seed)
         first, seen, learning, saved = int(state.step), 0, 0.0, time.monotonic()
         done, waiting, shapes = self._length.done(spent, first), [], set()
@@ -181,25 +185,22 @@ class _Store:
         self._folder, self._recipe = folder.resolve(), recipe
         self._note = self._folder / "run.json"
 
-    def read(self, learner: Learner, seed: int, again: bool) -> tuple[State, float]:
-        """The stored state and the seconds that it took; a new one when there is none.
+    def read(self, fresh: State) -> tuple[State, float]:
+        """The stored state and the seconds that it took, or the fresh one when there is none.
 
         Raises RequestError when what is stored belongs to another recipe.
         """
-        state = learner.start(seed)
         if not self._note.exists():
-            return state, 0.0
+            return fresh, 0.0
         note = json.loads(self._note.read_text(encoding="utf-8"))
-        shapes = ("layers", "features", "block_size", "path_rank", "optimiser")
+        shapes = ("layers", "features", "path_rank", "optimiser")
         differs = [name for name in shapes if note["recipe"].get(name) != self._recipe[name]]
         if differs:
             raise RequestError(
                 f"{self._folder} has a run with {differs[0]} {note['recipe'].get(differs[0])}, not "
                 f"{self._recipe[differs[0]]}: choose another folder"
             )
-        stored = ocp.StandardCheckpointer().restore(self._folder / note["state"], _fields(state))
-        if again:
-            return learner.start(seed, stored["parameters"]), 0.0
+        stored = ocp.StandardCheckpointer().restore(self._folder / note["state"], _fields(fresh))
         return State(**stored), note["seconds"]
 
     def write(self, state: State, seconds: float) -> None:
@@ -213,6 +214,18 @@ class _Store:
         for old in self._folder.glob("step-*"):
             if old.name != name:
                 _remove(old)
+
+
+def _parameters(path: Path, config: DrafterConfig) -> dict[str, Any]:
+    """The parameters of a drafter of the same shape. Raises CheckpointError or RequestError."""
+    loaded = checkpoints.load(path)
+    if not isinstance(loaded.config, DrafterConfig):
+        raise RequestError(f"{path} holds no drafter")
+    shape, theirs = (drafter_parameters(each) for each in (config, loaded.config))
+    differs = next((name for name in {**shape, **theirs} if shape.get(name) != theirs.get(name)), None)
+    if differs:
+        raise RequestError(f"the drafter {path} has another shape than this recipe's: see {differs}")
+    return dict(loaded.parameters)
 
 
 def _samples(

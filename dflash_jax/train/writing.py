@@ -41,7 +41,7 @@ class Style:
     """How conversations are drawn: the temperature of questions, and of answers with their shares."""
 
     question: float = 0.8
-    answers: tuple[tuple[float, float], ...] = ((0.0, 0.65), (0.7, 0.25), (1.0, 0.1))
+    answers: tuple[tuple[float, float], ...] = ((0.0, 0.75), (0.7, 0.2), (1.0, 0.05))
     answer_tokens: int = 512
 
 
