@@ -30,7 +30,9 @@ def no_logprobs(slots: int, rows: int, vocabulary: int) -> Logprobs:
 def logprobs_of(logits: Float[Array, "slots vocab"], tokens: Int[Array, " slots"]) -> Logprobs:
     """Of one row per slot, in which `tokens` were drawn: [slots, 1, choices]."""
     normalised = jax.nn.log_softmax(logits, axis=-1)
-    top, top_ids = jax.lax.top_k(normalised, min(TOP, logits.shape[-1]))
+    # Without the barrier XLA's CPU compiler does not see a top-k in a loop and sorts the whole vocabulary (jax 0.10).
+    best = jax.lax.top_k(normalised, min(TOP, logits.shape[-1]))
+    top, top_ids = jax.lax.optimization_barrier(tuple(best))
     own = jnp.take_along_axis(normalised, tokens[:, None], axis=-1)
     ids = jnp.concatenate([tokens[:, None], top_ids.astype(jnp.int32)], axis=-1)
     return Logprobs(ids[:, None], jnp.concatenate([own, top], axis=-1)[:, None])
