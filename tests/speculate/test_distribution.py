@@ -281,23 +281,25 @@ def test_a_seed_gives_the_same_answer_with_any_drafter(answers: dict[str, np.nda
     np.testing.assert_array_equal(answers[drafter], answers["none"])
 
 
-Rule = Callable[[jax.Array, SamplingParameters, jax.Array, int, jax.Array], jax.Array]
+Rule = Callable[[jax.Array, SamplingParameters, jax.Array, jax.Array, jax.Array], jax.Array]
 """(scores of a row, parameters, number of the block's first token, row, proposals) -> the row's token."""
 
 
-def drawn(scores: jax.Array, sampling: SamplingParameters, number: jax.Array, row: int, _: jax.Array) -> jax.Array:
+def drawn(
+    scores: jax.Array, sampling: SamplingParameters, number: jax.Array, row: jax.Array, _: jax.Array
+) -> jax.Array:
     return sample(scores, sampling, number + row)
 
 
 def likely_proposals_are_taken(
-    scores: jax.Array, sampling: SamplingParameters, number: jax.Array, row: int, proposal: jax.Array
+    scores: jax.Array, sampling: SamplingParameters, number: jax.Array, row: jax.Array, proposal: jax.Array
 ) -> jax.Array:
     chance = jnp.take_along_axis(jax.nn.softmax(scores, axis=-1), jnp.maximum(proposal, 0)[:, None], axis=-1)[:, 0]
     return jnp.where((chance > 0.25) & (proposal >= 0), proposal, sample(scores, sampling, number + row))
 
 
 def one_noise_for_the_block(
-    scores: jax.Array, sampling: SamplingParameters, number: jax.Array, row: int, _: jax.Array
+    scores: jax.Array, sampling: SamplingParameters, number: jax.Array, row: jax.Array, _: jax.Array
 ) -> jax.Array:
     return sample(scores, sampling, number)
 
@@ -309,14 +311,17 @@ def draw_by(rule: Rule, *, counts_rows: bool = True) -> Callable[..., Drawn]:
         logits: jax.Array, sampling: SamplingParameters, number: jax.Array, proposals: jax.Array, recent: jax.Array
     ) -> Drawn:
         assert sampling.extras is not None
-        counts = count(sampling.extras.penalties.counts, recent)
-        tokens = []
-        for row in range(ROWS):
-            proposal = proposals[:, row] if row < ROWS - 1 else jnp.full_like(number, -1)
-            token = rule(penalise(logits[:, row], sampling.extras.penalties, counts), sampling, number, row, proposal)
-            counts = count(counts, token[:, None]) if counts_rows else counts
-            tokens.append(token)
-        return Drawn(jnp.stack(tokens, axis=1), no_logprobs(len(number), ROWS, VOCABULARY))
+        penalties = sampling.extras.penalties
+
+        def draw_row(counts: jax.Array, each: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            row, scores, proposal = each
+            token = rule(penalise(scores, penalties, counts), sampling, number, row, proposal)
+            return count(counts, token[:, None]) if counts_rows else counts, token
+
+        padded = jnp.pad(proposals, ((0, 0), (0, 1)), constant_values=-1)
+        rows = (jnp.arange(ROWS, dtype=jnp.int32), logits.transpose(1, 0, 2), padded.T)
+        _, tokens = jax.lax.scan(draw_row, count(penalties.counts, recent), rows)
+        return Drawn(tokens.T, no_logprobs(len(number), ROWS, VOCABULARY))
 
     return draw
 
