@@ -357,6 +357,7 @@ def bench() -> None:
 @_drafter
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens per answer.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take the first prompts of each file.")
+@click.option("--dflash", type=click.Choice(["auto", "on"]), default="on", show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
 @click.option("--shape", type=click.Choice(["gemma4-31b", "gemma4-12b", "qwen3-8b"]), help="A big model's sizes.")
 @click.option("--random", "random_weights", is_flag=True, help="Random weights for --shape; no MODEL is read.")

@@ -164,7 +164,12 @@ def test_generate_json():
     assert (answer["text"], answer["token_ids"]) == ("Paris is the capital.", [1, 2, 3, 4, 5])
     stats = answer["stats"]
     assert (stats["prompt_tokens"], stats["completion_tokens"], stats["finish_reason"]) == (4, 5, "stop")
-    assert stats["dflash"] == {"verify_steps": 4, "committed_tokens": 14, "accept_length": 3.5}
+    assert stats["dflash"] == {
+        "verify_steps": 4,
+        "committed_tokens": 14,
+        "accept_length": 3.5,
+        "steps_by_count": [],
+    }
     assert stats["pflash"]["kept_tokens"] == 25
 
 
@@ -336,7 +341,11 @@ def test_inspect_verify(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "arguments", "options"),
     [
-        ("decode", "--max-tokens 16 --drafter d", {"max_tokens": 16, "drafter": Path("d")}),
+        (
+            "decode",
+            "--max-tokens 16 --drafter d --limit 3 --dflash auto --temperature 0.7",
+            {"max_tokens": 16, "drafter": Path("d"), "limit": 3, "dflash": "auto", "temperature": 0.7},
+        ),
         (
             "prefill",
             "--scorer s --keep-ratio 0.1 --pflash-scope document --bsa on --context-length 9000",
@@ -359,5 +368,11 @@ def test_bench(monkeypatch, tmp_path, name, arguments, options):
     (tmp_path / "p.jsonl").write_text("{}")
     files = ["--prompts", f"{tmp_path}/p.jsonl", "--json", "out.json"]
     assert run("bench", name, "m", *files, *arguments.split()).exit_code == 0
-    expected = {"prompts": tmp_path / "p.jsonl", "json_file": Path("out.json"), "plot": None, **options}
+    file = tmp_path / "p.jsonl"
+    expected = {
+        "prompts": (file,) if name == "decode" else file,
+        "json_file": Path("out.json"),
+        "plot": None,
+        **options,
+    }
     assert calls == [((Path("m"),), expected)]

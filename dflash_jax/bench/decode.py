@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -28,12 +29,13 @@ def run(
     max_tokens: int = 128,
     limit: int | None = None,
     temperature: float = 0.0,
+    dflash: Literal["auto", "on"] = "on",
 ) -> dict[str, Any]:
     """Answers every prompt without and (if there is a drafter) with DFlash, prints a table, returns the report.
 
     Both run prompt by prompt, one after the other, so that a busy machine slows both alike. Rates are tokens of the
     answer over seconds after prefill; totals, of each file of prompts and of all, are all tokens over all seconds.
-    `limit` takes the first prompts of each file.
+    `limit` takes the first prompts of each file; `dflash` is "on", or "auto" as when serving: only while it pays.
     """
     check_plot(plot)
     chats = [(file.stem if file else "own", chat) for file in prompts or (None,) for chat in read_prompts(file)[:limit]]
@@ -43,7 +45,7 @@ def run(
         with _ready(Engine(loaded, dflash="off", pflash="off"), progress) as plain, contextlib.ExitStack() as stack:
             fast = None
             if loaded.drafter is not None:
-                fast = stack.enter_context(_ready(Engine(loaded, dflash="on", pflash="off"), progress))
+                fast = stack.enter_context(_ready(Engine(loaded, dflash=dflash, pflash="off"), progress))
             options: Any = {"max_tokens": max_tokens, "temperature": temperature, "seed": 0}
             for index, (name, chat) in enumerate(chats):
                 progress("prompts", index, len(chats))
@@ -109,7 +111,12 @@ def _total(rows: list[Row]) -> dict[str, Any]:
         "tok_s_dflash": rate(fast) if fast else None,
         "accept_length": round(sum(s.committed_tokens for s in drafted) / steps, 3) if steps else None,
         "equal_tokens": all(row["equal_tokens"] for row, _, _ in rows) if fast else None,
+        "steps_by_count": _added([stats.steps_by_count for stats in drafted]) if steps else None,
     }
+
+
+def _added(counts: list[tuple[int, ...]]) -> list[int]:
+    return [sum(column) for column in itertools.zip_longest(*counts, fillvalue=0)]
 
 
 def _print(report: dict[str, Any]) -> None:

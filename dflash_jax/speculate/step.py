@@ -85,7 +85,7 @@ def propose(
     target, drafter = networks.target, networks.drafter
     if drafter is None:
         raise ValueError("propose needs a drafter")
-    block = block_tokens(slots.anchor, drafter.config)
+    block = block_tokens(slots.anchor, drafter.config, rows)
     place = _place(slots, block.shape[1], page_size)
     hidden, drafter_pools = drafter(target.embed(block), pools.drafter, place)
     selector = drafter.path if drafter.config.path_rank else None

@@ -31,7 +31,7 @@ class Recipe:
     path_share: float = 0.75
     weighting: Weighting = "d-pace"
     decay: float = 7.0
-    optimiser: str = "adamw"
+    optimiser: str = "muon"
     rate: float = 1e-3
     batch_tokens: int = 16_384
     tokens_per_anchor: int = 8

@@ -23,6 +23,15 @@ def test_decode(tmp_path: Path, row: dict[str, Any]) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
 
 
+def test_decode_of_several_sets(tmp_path: Path) -> None:
+    total = {**DECODE_ROW, "steps_by_count": [0, 5, 3, 1]}
+    sets = {"code": total, "chat": total}
+    plot_decode(tmp_path / "a.svg", {**HEAD, "rows": [DECODE_ROW] * 40, "sets": sets})
+    drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert "<svg" in drawn
+    assert "code" in drawn
+
+
 def test_prefill(tmp_path: Path) -> None:
     plot_prefill(tmp_path / "a.svg", {**HEAD, "rows": PREFILL_ROWS})
     assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")

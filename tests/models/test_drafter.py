@@ -97,5 +97,5 @@ def test_a_prompt_is_read_in_chunks(case: Case) -> None:
 
 
 def test_block_is_the_anchor_and_masks(case: Case) -> None:
-    tokens = block_tokens(jnp.asarray([17, 4], jnp.int32), case.config)
+    tokens = block_tokens(jnp.asarray([17, 4], jnp.int32), case.config, case.config.block_size)
     assert tokens.tolist() == [[17] + [95] * 7, [4] + [95] * 7]

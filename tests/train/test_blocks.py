@@ -23,7 +23,7 @@ def test_blocks_equal_those_of_decoding(windows, causal):
     target, drafter = tiny_target(), tiny_drafter(config=config)
     features = jax.random.normal(jax.random.key(3), (1, LENGTH, 2 * config.hidden_size))
     anchors = np.asarray([[1, 7, 20, 33]], np.int32)
-    tokens = block_tokens(jnp.asarray([5, 9, 11, 13], jnp.int32), config)
+    tokens = block_tokens(jnp.asarray([5, 9, 11, 13], jnp.int32), config, 6)
     together = draft_blocks(drafter, features, target.embed(tokens)[None], jnp.asarray(anchors))[0]
     for number, anchor in enumerate(anchors[0]):
         pools = empty_drafter_pools(config, num_pages=1 + 4, page_size=PAGE_SIZE, dtype=F32)

@@ -1,0 +1,145 @@
+"""`train-drafter` from end to end on a tiny model: it learns, goes on after a stop, and its drafter serves."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+from checkpoints.hf_names import drafter_name
+from checkpoints.random_models import random_target
+from dflash_jax.cli import main
+from dflash_jax.engine.engine import Engine
+from dflash_jax.engine.loading import load_model
+from dflash_jax.models.drafter import Drafter
+from dflash_jax.train.learner import Learner
+from dflash_jax.train.openings import Opening, joints, opening_ids
+from dflash_jax.train.recipe import Recipe
+from dflash_jax.train.writing import Style, Writer
+from tests.tiny import F32, TARGET, TEMPLATE, tiny_model, tiny_tokenizer
+
+RECIPE = Recipe(layers=2, features=2, block_size=8, window=64, path_rank=16, batch_tokens=2048, tokens_per_anchor=8)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """The tiny target as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("model")
+    names = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight"}
+    tensors = {}
+    for ours, value in random_target(TARGET).items():
+        name = names.get(ours) or f"model.{drafter_name(ours)}"
+        tensors[name] = np.asarray(value)
+    save_file(tensors, folder / "model.safetensors")
+    layer = TARGET.layers[0]
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": TARGET.hidden_size,
+        "intermediate_size": layer.mlp_width,
+        "num_hidden_layers": TARGET.num_layers,
+        "num_attention_heads": TARGET.num_heads,
+        "num_key_value_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "rms_norm_eps": TARGET.norm_eps,
+        "rope_theta": 1e4,
+        "vocab_size": TARGET.vocab_size,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "eos_token_id": 257,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    source = tiny_tokenizer()
+    source._with_special.add_special_tokens(["<|mask|>"])
+    (folder / "tokenizer.json").write_text(source._with_special.to_str(), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return folder
+
+
+def train(*arguments):
+    result = CliRunner().invoke(main, ["train-drafter", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+OPTIONS = (
+    *("--layers", 1, "--features", 2, "--block-size", 6, "--path-rank", 8, "--batch-tokens", 1024, "--room", 256),
+    *("--slots", 8, "--tokens", 4000, "--minutes", 5),
+)
+
+
+def test_a_drafter_is_trained_goes_on_and_serves(model_folder, tmp_path):
+    out = tmp_path / "drafter"
+    assert "(4 steps)" in train(model_folder, out, *OPTIONS, "--steps", 4)
+    samples = (out / "samples.npz").read_bytes()
+    assert "(7 steps)" in train(model_folder, out, *OPTIONS, "--steps", 7), "goes on where it was"
+    assert (out / "samples.npz").read_bytes() == samples, "nothing is written anew"
+    assert json.loads((out / "training.json").read_text())["recipe"]["block_size"] == 6
+    # The folder can be moved: it needs none of its training state.
+    shutil.rmtree(out / "training")
+    model = load_model(model_folder, drafter=out)
+    assert model.drafter is not None
+    assert model.drafter.config.mask_id == tiny_mask(model_folder)
+    answers = []
+    for dflash in ("off", "on"):
+        engine = Engine(model, dflash=dflash, pflash="off")
+        answers.append(engine.generate("a question", max_tokens=40).token_ids)
+        engine.close()
+    assert answers[0] == answers[1]
+
+
+def test_a_run_begins_with_another_drafter(model_folder, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(model_folder, first, *OPTIONS, "--steps", 2)
+    samples = ("--samples", first / "samples.npz")
+    assert "(1 steps)" in train(model_folder, second, *OPTIONS, *samples, "--start", first, "--steps", 1)
+    refused = CliRunner().invoke(
+        main,
+        [
+            *map(str, ("train-drafter", model_folder, tmp_path / "third", *OPTIONS, *samples, "--start", first)),
+            *("--layers", "2", "--steps", "1"),
+        ],
+    )
+    assert refused.exit_code == 1
+    assert "another shape" in refused.output
+    other = CliRunner().invoke(
+        main, [*map(str, ("train-drafter", model_folder, first, *OPTIONS)), "--layers", "2", "--steps", "9"]
+    )
+    assert other.exit_code == 1
+    assert "choose another folder" in other.output
+
+
+def test_what_it_learnt_is_accepted():
+    """On its own data a drafter gets beyond two tokens a block, and decoding agrees with what training says."""
+    model = tiny_model()
+    openings = [Opening(({"role": "user", "content": f"question {n}"},), whole=True) for n in range(12)]
+    given = [(opening, opening_ids(opening, model.template, model.tokenizer)) for opening in openings]
+    between = joints(model.template, model.tokenizer)
+    style = Style(answers=((0.0, 1.0),), answer_tokens=64)
+    writer = Writer(model.target, between, slots=8, room=256, style=style)
+    samples = writer.write(itertools.cycle(given), tokens=1500).samples.cut(512)
+    learner = Learner(model.target, RECIPE.config_for(model.target.config, mask_id=290), RECIPE)
+    state, length, step = learner.start(), 0.0, 0
+    batches = list(samples.batches(np.random.default_rng(0), RECIPE.batch_tokens))
+    while length < 2.5 and step < 600:
+        for batch in batches:
+            state, progress = learner.learn(state, batch, jax.random.fold_in(jax.random.key(0), step), 3e-3)
+            length, step = float(progress.path_accept_length), step + 1
+    assert length >= 2.5
+    drafter = Drafter(learner.config, state.parameters, dtype=F32)
+    engine = Engine(dataclasses.replace(model, drafter=drafter), dflash="on", pflash="off")
+    results = [engine.generate(list(opening.messages), max_tokens=48).stats.dflash for opening in openings]
+    engine.close()
+    drafted = [stats for stats in results if stats is not None]
+    committed, steps = sum(s.committed_tokens for s in drafted), sum(s.verify_steps for s in drafted)
+    assert committed / steps > 1.8
+
+
+def tiny_mask(folder):
+    tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    return next(token["id"] for token in tokens if token["content"] == "<|mask|>")
