@@ -19,6 +19,7 @@ DEVICES = {"cpu": "2 CPU cores", "h100": "H100"}
 
 def main() -> None:
     fill(ROOT / "README.md", [*prefill(), "", *decode(), "", *steps()])
+    fill(ROOT / "docs" / "training.md", drafting())
     fill(ROOT / "docs" / "kernels.md", [*checks(), "", *matmuls(), "", *whole_steps()])
 
 
@@ -45,13 +46,35 @@ def prefill() -> list[str]:
 
 
 def decode() -> list[str]:
-    lines = ["| SmolLM2-135M, one answer at a time | tokens/s |", "|---|---|"]
+    lines = [
+        "| SmolLM2-135M, one answer at a time | plain tokens/s | with DFlash | accept length |",
+        "|---|---|---|---|",
+    ]
     for short, device in DEVICES.items():
         report = read(f"{short}-smollm2-decode.json")
         name = report["model"].rpartition("-")[2]
-        lines.append(f"| {device}, {name}, plain | {report['total']['tok_s_plain']:.0f} |")
+        total = report["total"]
+        fast = f"{total['tok_s_dflash']:.0f} | {total['accept_length']:.2f}" if total["tok_s_dflash"] else "|"
+        lines.append(f"| {device}, {name} | {total['tok_s_plain']:.0f} | {fast} |")
     other = json.loads((RESULTS / "cpu-smollm2-llama-cpp.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    lines.append(f"| {DEVICES['cpu']}, llama.cpp, the published Q4_1 file, same minutes | {other['total_tok_s']:.0f} |")
+    lines.append(f"| {DEVICES['cpu']}, llama.cpp, the published Q4_1 file | {other['total_tok_s']:.0f} | | |")
+    return lines
+
+
+def drafting() -> list[str]:
+    """Accept lengths and rates of each set of prompts, for each drafter that was measured on them."""
+    lines = [
+        "| drafter | prompts | accept length | plain tokens/s | DFlash tokens/s | tokens equal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in sorted(RESULTS.glob("h100-smollm2-decode*.json"), key=lambda file: (len(file.stem), file.stem)):
+        report = read(file.name)
+        name = file.stem.removeprefix("h100-smollm2-decode").strip("-") or "shipped"
+        for prompts, row in {**report["sets"], "all": report["total"]}.items():
+            lines.append(
+                f"| {name} | {prompts} | {row['accept_length']:.2f} | {row['tok_s_plain']:.0f} "
+                f"| {row['tok_s_dflash']:.0f} | {'yes' if row['equal_tokens'] else 'no'} |"
+            )
     return lines
 
 
