@@ -394,6 +394,17 @@ def prefill(model: Path | None, **options: Any) -> None:
     prefill.run(model, **_with_bsa(options))
 
 
+@bench.command()
+@_json_file
+@click.option("--operation", help="One operation by its folder's name; without it, all.")
+@click.option("--tune", is_flag=True, help="Sweep the quantised matmul's configs for two minutes; writes tuned.json.")
+def kernels(**options: Any) -> None:
+    """Time of every operation beside the device's limit and what XLA makes of its reference, and its error."""
+    from dflash_jax.bench import kernels
+
+    kernels.run(**options)
+
+
 def _load_engine(model: Path | None, options: Mapping[str, Any], progress: Progress) -> Any:
     import dflash_jax
 

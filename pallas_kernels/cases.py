@@ -63,6 +63,17 @@ class AttentionCase:
         seen = [length + self.rows for length in self.lengths]
         return sum(seen if self.window is None else [min(n, self.window + self.rows) for n in seen]) * width
 
+    @property
+    def flops(self) -> int:
+        """Products of queries with keys, and of weights with values, that a row sees."""
+        width = 2 * self.head_dim + (self.key_dim or 0)
+        seen = sum(
+            min(start + (row if self.causal else self.rows - 1) + 1, self.window or start + self.rows)
+            for start in self.lengths
+            for row in range(self.rows)
+        )
+        return 2 * seen * self.heads * width
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoringCase:
@@ -93,6 +104,11 @@ class ScoringCase:
     def bytes(self) -> int:
         """K that must be read; twice, because statistics come before shares."""
         return 2 * self.length * self.kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def flops(self) -> int:
+        """Products of queries with keys."""
+        return 2 * self.length * self.rows * self.heads * self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +143,11 @@ class MatmulCase:
         if self.weights == "w8":
             return self.inputs * self.outputs
         return self.inputs * self.outputs // 2 + 2 * self.inputs * self.outputs // self.group_size
+
+    @property
+    def flops(self) -> int:
+        """One product per weight and row."""
+        return 2 * self.rows * self.inputs * self.outputs
 
 
 SMALL_MATMUL = (

@@ -98,6 +98,7 @@ def _raising(error: Exception):
         (["convert"], "--weights --group-size --role"),
         (["bench", "decode"], "--prompts --json --max-tokens --drafter"),
         (["bench", "prefill"], "--prompts --json"),
+        (["bench", "kernels"], "--operation --tune --json"),
         (["inspect"], "--json"),
     ],
 )

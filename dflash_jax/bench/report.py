@@ -15,10 +15,13 @@ from typing import Any
 import jax
 
 from dflash_jax.engine.request import RequestError
+from pallas_kernels.operations import Limits
 
 _PACKAGES = ("dflash-jax", "jax", "jaxlib", "flax", "numpy")
 BANDWIDTH = {"NVIDIA H100 80GB HBM3": 2.84e12, "NVIDIA H200": 4.0e12}
 """Bytes per second: read bandwidth measured on the H100; about 83 % of the data sheet's 4.8 TB/s for the H200."""
+FLOPS = {"NVIDIA H100 80GB HBM3": 6.0e14, "NVIDIA H200": 6.0e14}
+"""Operations per second of a large bf16 matmul, as XLA reaches it."""
 Prompt = str | list[dict[str, Any]]
 
 
@@ -59,6 +62,12 @@ def environment() -> dict[str, Any]:
     name = device.device_kind if device.platform != "cpu" else f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores"
     command = " ".join(["dflash-jax", *(str(argument) for argument in sys.argv[1:])])
     return {"device": name, "versions": versions, "command": command}
+
+
+def device_limits() -> Limits | None:
+    """What the default device can do at best; None if nobody has measured it."""
+    kind = jax.devices()[0].device_kind
+    return Limits(BANDWIDTH[kind], FLOPS[kind]) if kind in BANDWIDTH else None
 
 
 def write(path: Path | None, report: Mapping[str, Any]) -> None:

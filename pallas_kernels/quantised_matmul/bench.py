@@ -1,15 +1,10 @@
-"""Finds the fastest Config of each case on this device and writes it to tuned.json.
-
-python -m pallas_kernels.quantised_matmul.bench [--seconds 120]
-"""
+"""Finds the fastest Config of each case on this device for tuned.json: `dflash-jax bench kernels --tune` runs it."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,28 +18,30 @@ from pallas_kernels.quantised_matmul import triton
 from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8
 from pallas_kernels.timing import copies_of, seconds_per_call
 
+TUNED = Path(triton.__file__).with_name("tuned.json")
 
-def main() -> None:
-    """Sweeps until the time is used up, best guesses first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--out", type=Path, default=Path(triton.__file__).with_name("tuned.json"))
-    arguments = parser.parse_args()
-    end = time.perf_counter() + arguments.seconds
+
+def sweep(end: float, file: Path = TUNED) -> Iterator[tuple[MatmulCase, dict[str, Any]]]:
+    """Tries configs until the clock says `end`, best guesses first; yields each case with its figures.
+
+    The best config of a case goes into the file at once.
+    """
     device = jax.devices()[0].device_kind
-    known = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     cases = [case for case in LARGE_MATMUL if case.rows == 16]  # the rows of a step; other numbers take its configs
     for index, case in enumerate(cases):
         share = (end - time.perf_counter()) / (len(cases) - index)
-        best = tune(case, time.perf_counter() + share)
-        if best:
-            known.setdefault(device, {})[best.pop("key")] = best
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        found = tune(case, time.perf_counter() + share)
+        if found is None:
+            continue
+        key, config, row = found
+        known.setdefault(device, {})[key] = vars(config)
+        file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        yield case, row
 
 
-def tune(case: MatmulCase, end: float) -> dict[str, Any] | None:
-    """The fastest config of a case, with its key; prints every time beside the first one's."""
+def tune(case: MatmulCase, end: float) -> tuple[str, triton.Config, dict[str, Any]] | None:
+    """The key and the fastest config of a case, and the config's time beside that of the first one; prints both."""
     x, weight = random(case)
     blocks = -(-case.inputs // BLOCK)
     sets = [(each,) for each in copies_of(weight, case.bytes, most=8)]
@@ -60,8 +57,9 @@ def tune(case: MatmulCase, end: float) -> dict[str, Any] | None:
         return None
     best, config = min(times, key=lambda pair: pair[0])
     row = {"case": case.name, "us": round(1e6 * best, 1), "first_us": round(1e6 * times[0][0], 1), "tried": len(times)}
-    print(json.dumps({**row, "bytes": case.bytes, "config": vars(config)}), flush=True)
-    return {"key": triton.key(weight, blocks), **vars(config)}
+    row = {**row, "bytes": case.bytes, "config": vars(config)}
+    print(json.dumps(row), flush=True)
+    return triton.key(weight, blocks), config, row
 
 
 def random(case: MatmulCase) -> tuple[jax.Array, W4 | W8]:
@@ -90,8 +88,3 @@ def configs(outputs: int, blocks: int) -> Iterator[triton.Config]:
                 options.append((waves + (tile != 128) + (warps != 4) + (stages != 4), tile, splits, warps, stages))
     for _, tile, splits, warps, stages in sorted(options):
         yield triton.Config(tile, splits, warps, stages)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    main()

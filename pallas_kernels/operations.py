@@ -1,0 +1,123 @@
+"""Every operation that has named cases, and what a case costs on the device that is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_attention.api import block_attention
+from pallas_kernels.cases import (
+    LARGE_ATTENTION,
+    LARGE_MATMUL,
+    LARGE_SCORING,
+    SMALL_ATTENTION,
+    SMALL_MATMUL,
+    SMALL_SCORING,
+)
+from pallas_kernels.quantised_matmul.api import matmul
+from pallas_kernels.timing import copies_of, seconds_per_call
+from pallas_kernels.token_scoring.api import token_scores
+
+_TOLERANCES = {"bfloat16": 2e-2}
+_TOLERANCE = 1e-4
+
+
+class Case(Protocol):
+    """Named arguments of an operation, and the least that any implementation must read and compute for them."""
+
+    @property
+    def name(self) -> str:
+        """Unique within its operation."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the numbers that come in."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """That must be read."""
+        ...
+
+    @property
+    def flops(self) -> int:
+        """That must be computed; a multiplication and an addition are two."""
+        ...
+
+    def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments."""
+        ...
+
+
+def largest_difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Over the largest value that was expected."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation's public name and its cases. `error` compares a result with the reference's."""
+
+    name: str
+    function: Callable[..., jax.Array]
+    small: Sequence[Case]
+    large: Sequence[Case]
+    error: Callable[[np.ndarray, np.ndarray], float] = largest_difference
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation("block_attention", block_attention, SMALL_ATTENTION, LARGE_ATTENTION),
+    Operation("token_scoring", token_scores, SMALL_SCORING, LARGE_SCORING),
+    Operation("quantised_matmul", matmul, SMALL_MATMUL, LARGE_MATMUL),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a device can do at best: bytes and floating-point operations (of bf16) per second."""
+
+    bandwidth: float
+    flops: float
+
+    def seconds(self, case: Case) -> float:
+        """The floor of a case: no implementation is faster."""
+        return max(case.bytes / self.bandwidth, case.flops / self.flops)
+
+
+def measure(operation: Operation, case: Case, limits: Limits | None) -> dict[str, Any]:
+    """Error and time of a case on the default device: Triton on a GPU, elsewhere what the operation picks itself.
+
+    The error is against the reference in f32 and with exact products. `us_reference` is the reference as XLA compiles
+    it. Without limits `floor_us` and `of_floor` (floor over time: 1 is perfect) are None.
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    positional, keywords = case.arguments()
+    kernel = functools.partial(operation.function, **keywords, implementation="triton" if on_gpu else None)
+    reference = functools.partial(operation.function, **keywords, implementation="reference")
+    with jax.default_matmul_precision("highest"):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, positional)
+        expected = np.asarray(jax.jit(reference)(*wide), np.float32)
+    actual = np.asarray(jax.jit(kernel)(*positional), np.float32)
+    error, tolerance = operation.error(actual, expected), _TOLERANCES.get(case.dtype, _TOLERANCE)
+    first, *rest = positional
+    sets = copies_of(rest, case.bytes, most=4 if on_gpu else 1)
+    seconds = seconds_per_call(kernel, first, sets)
+    floor = limits.seconds(case) if limits else None
+    return {
+        "operation": operation.name,
+        "case": case.name,
+        "relative_error": float(f"{error:.3g}"),
+        "tolerance": tolerance,
+        "us": round(1e6 * seconds, 1),
+        "us_reference": round(1e6 * seconds_per_call(reference, first, sets), 1),
+        "floor_us": round(1e6 * floor, 2) if floor else None,
+        "of_floor": round(floor / seconds, 3) if floor else None,
+        "ok": bool(np.isfinite(actual).all() and error <= tolerance),
+    }
