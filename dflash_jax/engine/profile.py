@@ -78,7 +78,7 @@ def profile_for_device() -> Profile:
         page_size=256,
         chunks=(32, 256),
         plain_rows=1,
-        block_rows=(4, 8, 16),
+        block_rows=(4, 8),  # each is a program to compile, and 16 rows hardly ever pay here
         max_steps=16,
         visit_seconds=0.06,
         max_sessions=2,

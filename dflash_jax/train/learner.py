@@ -1,5 +1,6 @@
-"""The learning step on the device: the target reads, the drafter drafts after random anchors, an optimiser corrects it.
+"""The learning step: the target reads, the drafter drafts after random anchors, an optimiser corrects it.
 
+All devices take part: each has some rows of a batch, gradients are added up, everything else is the same on all.
 Parameters are f32 and go by their canonical names; the drafter is built from them, in the compute dtype, inside the
 step. The target is never changed: its embedding and head serve the drafter as they serve decoding.
 """
@@ -12,8 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from checkpoints.random_models import random_drafter
@@ -34,6 +37,8 @@ _CHUNK_SLOTS = 2048
 _ADAM_SHARE = 0.3
 """AdamW's rate for norms, where Muon has the matrices, as a share of Muon's."""
 _GRADIENT_NORM = 1.0
+DATA = "data"
+"""The axis of devices along which rows are spread."""
 
 
 @jax.tree_util.register_dataclass
@@ -66,8 +71,13 @@ class Learner:
         self._norm_scale = jnp.ones(config.hidden_size) if scale is None else scale.get_value()  # what the head expects
         self._dtype = target.dtype
         self._optimiser = _optimiser(recipe)
-        self._step = jax.jit(self._learn, donate_argnums=(1,))
-        self._score = jax.jit(self._evaluate)
+        self._mesh = data_mesh()
+        self._weights = self._everywhere(self._weights)
+        everywhere, rows = PartitionSpec(), PartitionSpec(DATA)
+        shared = {"mesh": self._mesh, "out_specs": (everywhere, everywhere), "check_vma": False}
+        places = (everywhere, everywhere, rows, rows, everywhere)
+        self._step = jax.jit(jax.shard_map(self._learn, in_specs=(*places, everywhere), **shared), donate_argnums=(1,))
+        self._score = jax.jit(jax.shard_map(self._evaluate, in_specs=places, **shared))
 
     def start(self, seed: int = 0, parameters: Mapping[str, Any] | None = None) -> State:
         """The state before the first step, from random parameters or from given ones."""
@@ -75,7 +85,15 @@ class Learner:
         if values is None:
             values = {**initial_parameters(self.config, seed), "final_norm": self._norm_scale}
         mine = {name: jnp.array(value, jnp.float32) for name, value in values.items()}
-        return State(mine, self._optimiser.init(mine), jnp.int32(0))
+        return self._everywhere(State(mine, self._optimiser.init(mine), jnp.int32(0)))
+
+    @property
+    def devices(self) -> int:
+        """How many devices share a batch: its rows must be a multiple of them."""
+        return self._mesh.size
+
+    def _everywhere(self, tree: Any) -> Any:
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
 
     def learn(self, state: State, batch: Batch, key: PRNGKeyArray, rate: float) -> tuple[State, Progress]:
         """One step of the given learning rate. Donates the state."""
@@ -88,7 +106,7 @@ class Learner:
     def _learn(
         self, weights: nnx.State, state: State, tokens: Array, answers: Array, key: PRNGKeyArray, rate: Array
     ) -> tuple[State, Progress]:
-        draw, choose = jax.random.split(key)
+        draw, choose = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index(DATA)))
         target = nnx.merge(self._graph, weights)
         blocks, features = self._read(target, tokens, answers, draw)
         chosen = jax.random.bernoulli(choose, self.recipe.path_share, (blocks.anchors.size,)) & bool(
@@ -97,23 +115,26 @@ class Learner:
 
         def loss(parameters: Parameters) -> tuple[Array, Score]:
             score = self._draft(target, parameters, blocks, features, chosen)
-            return score.loss / jnp.maximum(score.norm, 1.0), score
+            return score.loss, score
 
         (value, score), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters)
+        value, norm, gradients = jax.lax.psum((value, score.norm, gradients), DATA)
+        norm = jnp.maximum(norm, 1.0)
+        gradients = jax.tree.map(lambda gradient: gradient / norm, gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it
             changes, optimiser = self._optimiser.update(gradients, state.optimiser, state.parameters)
         parameters = jax.tree.map(lambda old, change: old + rate * change, state.parameters, changes)
-        progress = Progress(value, _mean(score, ~chosen), _mean(score, chosen))
+        progress = Progress(value / norm, _mean(score, ~chosen), _mean(score, chosen))
         return State(parameters, optimiser, state.step + 1), progress
 
     def _evaluate(
         self, weights: nnx.State, parameters: Parameters, tokens: Array, answers: Array, key: PRNGKeyArray
     ) -> tuple[Array, Array]:
         target = nnx.merge(self._graph, weights)
-        blocks, features = self._read(target, tokens, answers, key)
+        blocks, features = self._read(target, tokens, answers, jax.random.fold_in(key, jax.lax.axis_index(DATA)))
         chosen = jnp.full(blocks.anchors.size, bool(self.config.path_rank))
         score = self._draft(target, parameters, blocks, features, chosen)
-        return jnp.sum(score.committed), jnp.sum(score.live)
+        return jax.lax.psum((jnp.sum(score.committed), jnp.sum(score.live)), DATA)
 
     def _read(self, target: Decoder, tokens: Array, answers: Array, key: PRNGKeyArray) -> tuple[Blocks, Array]:
         """Blocks of a batch, and the features of all its tokens."""
@@ -145,6 +166,11 @@ class Learner:
             decay=self.recipe.decay,
             chunk=_divisor(rows * count, max(1, _CHUNK_SLOTS // size)),
         )
+
+
+def data_mesh() -> Mesh:
+    """All devices in a row."""
+    return Mesh(np.asarray(jax.devices()), (DATA,))
 
 
 def initial_parameters(config: DrafterConfig, seed: int) -> Parameters:
@@ -191,7 +217,9 @@ def _in(dtype: Any, config: DrafterConfig, parameters: Parameters) -> Parameters
 
 def _mean(score: Score, among: Array) -> Array:
     counted = score.live & among
-    return jnp.sum(jnp.where(counted, score.committed, 0)) / jnp.maximum(jnp.sum(counted), 1)
+    sums = (jnp.sum(jnp.where(counted, score.committed, 0)), jnp.sum(counted))
+    committed, blocks = jax.lax.psum(sums, DATA)
+    return committed / jnp.maximum(blocks, 1)
 
 
 def _divisor(total: int, most: int) -> int:

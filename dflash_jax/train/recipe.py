@@ -19,7 +19,7 @@ class Recipe:
     path_rank, path_share  rank of the path selector, 0 for none, and the share of blocks that are corrected by it
     weighting, decay       of slots in the loss (train/loss.py)
     optimiser, rate        Muon for matrices and AdamW for the rest, or AdamW for all; the peak learning rate
-    batch_tokens           tokens of a step
+    batch_tokens           tokens of a step on each device
     tokens_per_anchor      one random anchor for so many tokens of a sample
     """
 

@@ -100,6 +100,7 @@ class _Run:
         self._learner, self._config, self._out, self._length = learner, config, out, length
         held_out, self._samples = samples.split(min(_HELD_OUT, len(samples) // 10))
         self._held_out = held_out.cut(LENGTHS[0])
+        self._batch_tokens = learner.recipe.batch_tokens * learner.devices
         self._seed, self._progress = seed, progress
         self._store = _Store(out / "training", dataclasses.asdict(learner.recipe))
 
@@ -149,7 +150,7 @@ class _Run:
     def evaluate(self, state: State) -> float:
         """Mean tokens that a block would commit on samples that were held out."""
         generator, committed, live = np.random.default_rng(0), 0, 0
-        for number, batch in enumerate(self._held_out.batches(generator, self._learner.recipe.batch_tokens)):
+        for number, batch in enumerate(self._held_out.batches(generator, self._batch_tokens, self._learner.devices)):
             sums = self._learner.evaluate(state.parameters, batch, jax.random.key(number))
             committed, live = committed + int(sums[0]), live + int(sums[1])
         return committed / live if live else 0.0
@@ -158,7 +159,7 @@ class _Run:
         epoch = 0
         while len(self._samples):
             generator = np.random.default_rng((self._seed, step, epoch))
-            yield from self._samples.batches(generator, self._learner.recipe.batch_tokens)
+            yield from self._samples.batches(generator, self._batch_tokens, self._learner.devices)
             epoch += 1
 
     def _log(self, step: int, done: float, waiting: list[Any], rate: float) -> None:

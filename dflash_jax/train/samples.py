@@ -81,8 +81,8 @@ class Samples:
         """The first `count` samples and the others."""
         return self.take(range(min(count, len(self)))), self.take(range(min(count, len(self)), len(self)))
 
-    def batches(self, generator: np.random.Generator, batch_tokens: int) -> Iterator[Batch]:
-        """One epoch in random order: batches of `batch_tokens` tokens, padding included.
+    def batches(self, generator: np.random.Generator, batch_tokens: int, multiple: int = 1) -> Iterator[Batch]:
+        """One epoch in random order: batches of `batch_tokens` tokens, padding included, and a multiple of rows.
 
         Samples of similar length go together; longer ones than the largest of LENGTHS are cut. What does not fill a
         batch is left for another epoch, unless it is all there is of that length.
@@ -91,7 +91,7 @@ class Samples:
         bucket = np.minimum(np.searchsorted(LENGTHS, lengths), len(LENGTHS) - 1)
         groups = []
         for place, length in enumerate(LENGTHS):
-            rows = max(1, batch_tokens // length)
+            rows = max(1, batch_tokens // length // multiple) * multiple
             members = generator.permutation(np.flatnonzero(bucket == place))
             if 0 < len(members) < rows:
                 members = np.resize(members, rows)

@@ -1,4 +1,4 @@
-"""The target writes the conversations that its drafter learns from, many at a time.
+"""The target writes the conversations that its drafter learns from, many at a time, on all devices.
 
 Every slot writes one conversation: it completes the user's question (unless that is given), answers it, and may go on
 for another round. The device takes steps of one token for all slots; tokens that are given (template, prompts) enter
@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dflash_jax.engine.request import RequestError
 from dflash_jax.models.decoder import Decoder, Place, empty_pools
 from dflash_jax.models.layers import KvPool
 from dflash_jax.speculate.sampling import greedy
+from dflash_jax.train.learner import DATA, data_mesh
 from dflash_jax.train.openings import Joints, Opening
 from dflash_jax.train.samples import Samples
 
@@ -96,11 +98,23 @@ class Writer:
         self._room = -(-room // _PAGE_SIZE) * _PAGE_SIZE
         self._generator = np.random.default_rng(seed)
         self._key = jax.random.key(seed)
-        pages = self._room // _PAGE_SIZE
-        sizes = {"num_pages": 1 + slots * pages, "page_size": _PAGE_SIZE, "dtype": target.dtype}
-        self._pools = empty_pools(target.config, **sizes)
-        self._table = 1 + jnp.arange(slots * pages, dtype=jnp.int32).reshape(slots, pages)
-        self._visit = jax.jit(self._run, donate_argnums=(1,))
+        mesh = data_mesh()
+        slots = -(-slots // mesh.size) * mesh.size
+        everywhere, spread = PartitionSpec(), PartitionSpec(DATA)
+        self._weights = jax.device_put(self._weights, NamedSharding(mesh, everywhere))
+        pages, mine = self._room // _PAGE_SIZE, slots // mesh.size
+        sizes = {"num_pages": 1 + mine * pages, "page_size": _PAGE_SIZE, "dtype": target.dtype}
+        new_pools = jax.shard_map(lambda: empty_pools(target.config, **sizes), mesh=mesh, in_specs=(), out_specs=spread)
+        self._pools = jax.jit(new_pools)()
+        self._table = 1 + jnp.arange(mine * pages, dtype=jnp.int32).reshape(mine, pages)
+        run = jax.shard_map(
+            self._run,
+            mesh=mesh,
+            in_specs=(everywhere, spread, spread, everywhere),
+            out_specs=(spread, spread),
+            check_vma=False,
+        )
+        self._visit = jax.jit(run, donate_argnums=(1,))
         self._rows = _Rows(
             tokens=np.zeros((slots, self._room), np.int32),
             length=np.zeros(slots, np.int32),
@@ -155,6 +169,7 @@ class Writer:
         self, weights: nnx.State, pools: tuple[KvPool, ...], rows: _Rows, key: PRNGKeyArray
     ) -> tuple[_Rows, tuple[KvPool, ...]]:
         target = nnx.merge(self._graph, weights)
+        key = jax.random.fold_in(key, jax.lax.axis_index(DATA))
         stops = jnp.asarray(sorted(self._stops), jnp.int32)
 
         def step(number: Array, carry: tuple[_Rows, tuple[KvPool, ...]]) -> tuple[_Rows, tuple[KvPool, ...]]:

@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -143,3 +146,35 @@ def test_what_it_learnt_is_accepted():
 def tiny_mask(folder):
     tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     return next(token["id"] for token in tokens if token["content"] == "<|mask|>")
+
+
+@pytest.mark.parametrize("devices", [2])
+def test_two_devices_learn_what_one_learns(devices):
+    """The same rows on one device and spread over two: another random draw of anchors, the same direction."""
+    script = """
+import jax, numpy as np, sys
+from tests.tiny import tiny_model
+from tests.train.test_run import RECIPE
+from dflash_jax.train.learner import Learner
+from dflash_jax.train.samples import Batch
+model = tiny_model()
+learner = Learner(model.target, RECIPE.config_for(model.target.config, mask_id=290), RECIPE)
+state = learner.start()
+tokens = np.random.default_rng(0).integers(0, 256, (4, 512)).astype(np.int32)
+answers = np.ones((4, 512), np.bool_)
+losses = []
+for step in range(4):
+    state, progress = learner.learn(state, Batch(tokens, answers), jax.random.key(step), 1e-3)
+    losses.append(float(progress.loss))
+print(learner.devices, *losses)
+"""
+    outputs = []
+    for count in (1, devices):
+        flags = f"--xla_force_host_platform_device_count={count}"
+        done = subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append([float(number) for number in done.stdout.split()])
+    assert [output[0] for output in outputs] == [1, devices]
+    np.testing.assert_allclose(outputs[0][1:], outputs[1][1:], rtol=0.05)
