@@ -35,7 +35,7 @@ _WARM_UP = 0.04
 _LEAST_RATE = 0.02
 """What is left of the learning rate at the end, as a share of its peak."""
 _HELD_OUT = 256
-_LOG_STEPS = 20
+_LOG_STEPS = 50
 _SAVE_SECONDS = 120
 
 
@@ -242,7 +242,7 @@ def _samples(
 ) -> Samples:
     stored = out / "samples.npz"
     if files := list(given) or [file for file in (stored,) if file.exists()]:
-        samples = Samples.join([Samples.load(file) for file in files])
+        samples = Samples.join([_load(file, loaded.target.config.vocab_size) for file in files])
         progress(Note(f"{len(samples):,} conversations, {len(samples.tokens):,} tokens, are there"), 0, 0)
         return samples
     openings = read_openings(data) if data is not None else own_openings()
@@ -263,6 +263,17 @@ def _samples(
     progress(Note(f"{note}{f', {skipped} prompts skipped' if skipped else ''}"), 0, 0)
     written.samples.save(stored)
     return written.samples
+
+
+def _load(file: Path, vocabulary: int) -> Samples:
+    """Samples of an earlier run. Raises RequestError for a file of something else, or of another target."""
+    try:
+        samples = Samples.load(file)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    if not len(samples) or not 0 <= samples.tokens.min() <= samples.tokens.max() < vocabulary:
+        raise RequestError(f"{file} has no samples of this model, whose vocabulary is {vocabulary}")
+    return samples
 
 
 def mask_id(model: Model) -> int:

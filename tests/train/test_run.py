@@ -23,6 +23,7 @@ from dflash_jax.models.drafter import Drafter
 from dflash_jax.train.learner import Learner
 from dflash_jax.train.openings import Opening, joints, opening_ids
 from dflash_jax.train.recipe import Recipe
+from dflash_jax.train.samples import Samples
 from dflash_jax.train.writing import Style, Writer
 from tests.tiny import F32, TARGET, TEMPLATE, tiny_model, tiny_tokenizer
 
@@ -115,6 +116,17 @@ def test_a_run_begins_with_another_drafter(model_folder, tmp_path):
     )
     assert other.exit_code == 1
     assert "choose another folder" in other.output
+
+
+def test_samples_of_something_else_are_refused(model_folder, tmp_path):
+    other, strange = tmp_path / "other.npz", tmp_path / "strange.npz"
+    np.savez(other, a=np.ones(3))
+    Samples.of([([1, 2, 70_000], [False, True, True])]).save(strange)
+    for file, reason in ((other, "holds no samples"), (strange, "whose vocabulary is 300")):
+        arguments = ("train-drafter", model_folder, tmp_path / "out", "--samples", file)
+        result = CliRunner().invoke(main, [*map(str, arguments)])
+        assert result.exit_code == 1
+        assert reason in result.output
 
 
 def test_what_it_learnt_is_accepted():
