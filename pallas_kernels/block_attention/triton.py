@@ -5,7 +5,8 @@ KV head stand below each other in the tile, so that K and V are read once for al
 absolute positions and are dealt out in turn: of S splits, split s takes blocks s, s + S, s + 2 S ... that its rows can
 see, with an online softmax in f32. So all programs are busy whatever the length of the context, and a row's sums do not
 depend on how far its neighbours reach. Neighbouring rows are masked, never mixed in: a row's bits do not depend on
-them. The splits are put together by XLA, always in the same order.
+them. combine.py puts the splits together, always in the same order. Being jitted by itself, the kernel is lowered once
+for all layers of a shape.
 
     grid (slots * splits, kv_heads, tiles)   q tile [rows * group, D] stays in registers
       for each block of the split            K block [BLOCK, D] -> scores -> running maximum and sum -> V block
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_attention.combine import combine
 from pallas_kernels.paged import why_not
 
 _KEY_BLOCK = 64
@@ -36,6 +38,9 @@ _LOWEST = -1e30
 """Stands for minus infinity: a difference of two of them is a number."""
 
 
+@functools.partial(
+    jax.jit, static_argnames=("page_size", "scale", "window", "causal", "ring", "compact", "interpret")
+)
 def block_attention(
     queries: Float[Array, "B T H Q"],
     key_pool: Float[Array, "tokens kv_heads K"],
@@ -113,9 +118,9 @@ def block_attention(
         interpret=interpret,
         name="block_attention",
     )(*parts, key_pool, value_pool, page_table, starts)
-    share = jnp.exp(highest - jnp.max(highest, axis=0, keepdims=True))  # [splits, B, kv_heads, tiles * tile]
-    total = jnp.sum(total * share, axis=0)
-    mixed = jnp.sum(mixed * share[..., None], axis=0) / jnp.where(total == 0.0, 1.0, total)[..., None]
+    if splits > 1:
+        return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
+    mixed = mixed[0] / jnp.where(total == 0.0, 1.0, total)[0][..., None]
     mixed = mixed[:, :, : rows * group].reshape(batch, kv_heads, rows, group, head_dim)
     return mixed.transpose(0, 2, 1, 3, 4).reshape(batch, rows, heads, head_dim).astype(queries.dtype)
 

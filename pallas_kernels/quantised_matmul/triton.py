@@ -112,6 +112,7 @@ def _config(weight: W4 | W8, blocks: int) -> Config:
     return Config(tile, splits)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def _run_w4(rows: Array, weight: W4, config: Config, interpret: bool) -> Float[Array, "rows N"]:
     outputs = weight.packed.shape[1]
     share = rows.shape[1] // BLOCK // config.splits
@@ -123,6 +124,7 @@ def _run_w4(rows: Array, weight: W4, config: Config, interpret: bool) -> Float[A
     return jnp.sum(parts, axis=0)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def _run_w8(rows: Array, weight: W8, config: Config, interpret: bool) -> Float[Array, "rows N"]:
     outputs, columns = weight.values.shape
     share = rows.shape[1] // BLOCK // config.splits

@@ -22,6 +22,7 @@ _LOWEST = -1e30
 """Stands for minus infinity: a difference of two of them is a number."""
 
 
+@functools.partial(jax.jit, static_argnames=("page_size", "scale", "reduce", "interpret"))
 def token_scores(
     queries: Float[Array, "R H D"],
     key_pool: Float[Array, "tokens kv_heads D"],
