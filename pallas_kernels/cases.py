@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8
+from pallas_kernels.sparse_attention.selection import Selection, SelectionRule, query_block_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,127 @@ class ScoringCase:
     def flops(self) -> int:
         """Products of queries with keys."""
         return 2 * self.length * self.rows * self.heads * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionCase:
+    """Arguments of select_blocks: queries of a block look into a direction of their own, and so do blocks of keys."""
+
+    name: str
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    rows: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    blocks: int
+    block_size: int = 128
+    alpha: float = 0.12
+    dtype: str = "float32"
+    key_dim: int | None = None
+
+    def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments; scores of one query block spread so that few percent of 1,024 are kept."""
+        generator = np.random.default_rng(seed)
+        dtype, slots = jnp.dtype(self.dtype), len(self.starts)
+        width = self.head_dim + (self.key_dim or 0)
+        size, blocks = query_block_rows(self.rows, self.block_size)
+        directions = generator.standard_normal((slots, blocks, 1, self.heads, width), np.float32)
+        noise = generator.standard_normal((slots, blocks, size, self.heads, width), np.float32)
+        queries = (directions + 0.3 * noise).reshape(slots, blocks * size, self.heads, width)[:, : self.rows]
+        means = 1.3 * generator.standard_normal((slots, self.blocks, self.kv_heads, width), np.float32)
+        positional = (
+            jnp.asarray(queries, dtype),
+            jnp.asarray(means, dtype),
+            jnp.asarray(self.starts, jnp.int32),
+            jnp.asarray(self.lengths, jnp.int32),
+        )
+        rule = SelectionRule(block_size=self.block_size, alpha=self.alpha)
+        return positional, {"scale": width**-0.5, "rule": rule, "key_dim": self.key_dim}
+
+    @property
+    def bytes(self) -> int:
+        """The means that rows see."""
+        seen = sum((start + self.rows) // self.block_size for start in self.starts)
+        return seen * self.kv_heads * (self.head_dim + (self.key_dim or 0)) * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def flops(self) -> int:
+        """Products of queries with the means that they see."""
+        seen = sum((start + row) // self.block_size + 1 for start in self.starts for row in range(self.rows))
+        return 2 * seen * self.heads * (self.head_dim + (self.key_dim or 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseCase:
+    """Arguments of attend_blocks: `kept` blocks for every query block, or all that it sees if these are fewer."""
+
+    name: str
+    starts: tuple[int, ...]
+    rows: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    pages: int
+    kept: int
+    block_size: int = 128
+    dtype: str = "float32"
+    key_dim: int | None = None
+
+    def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments; blocks are drawn at random, the query block's own are always among them."""
+        dense = AttentionCase(
+            self.name,
+            self.starts,
+            self.rows,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.page_size,
+            self.pages,
+            dtype=self.dtype,
+            key_dim=self.key_dim,
+        )
+        positional, keywords = dense.arguments(seed)
+        generator = np.random.default_rng(seed)
+        places = self.pages * self.page_size // self.block_size
+        _, blocks = query_block_rows(self.rows, self.block_size)
+        indices = np.zeros((len(self.starts), blocks, self.heads, places), np.int32)
+        counts = np.zeros(indices.shape[:3], np.int32)
+        for slot, block, own, seen in self._query_blocks():
+            count = min(seen, max(self.kept, seen - own))
+            for head in range(self.heads):
+                chosen = [*generator.permutation(own)[: count - (seen - own)], *range(own, seen)]
+                indices[slot, block, head, :count] = np.sort(chosen)
+            counts[slot, block] = count
+        selection = Selection(jnp.asarray(indices), jnp.asarray(counts))
+        names = ("page_size", "scale", "compact")
+        return (*positional, selection), {**{n: keywords[n] for n in names}, "block_size": self.block_size}
+
+    def _query_blocks(self) -> Iterator[tuple[int, int, int, int]]:
+        """(slot, query block, blocks before its first row's, blocks that its last row sees) of all query blocks."""
+        size, blocks = query_block_rows(self.rows, self.block_size)
+        for slot, start in enumerate(self.starts):
+            for block in range(blocks):
+                last = start + min((block + 1) * size, self.rows) - 1
+                yield slot, block, (start + block * size) // self.block_size, last // self.block_size + 1
+
+    @property
+    def bytes(self) -> int:
+        """K and V of as many blocks as a query block reads: all query blocks could read the same."""
+        width = self.kv_heads * (self.head_dim + (self.key_dim or self.head_dim)) * jnp.dtype(self.dtype).itemsize
+        return (
+            len(self.starts) * min(self.kept, self.pages * self.page_size // self.block_size) * self.block_size * width
+        )
+
+    @property
+    def flops(self) -> int:
+        """Products with the keys and values of the selected blocks; half of the query block's own."""
+        width = 2 * self.head_dim + (self.key_dim or 0)
+        size, _ = query_block_rows(self.rows, self.block_size)
+        blocks = sum(min(seen, max(self.kept, seen - own)) - 0.5 for _, _, own, seen in self._query_blocks())
+        return int(2 * blocks * self.block_size * size * self.heads * width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +339,7 @@ LARGE_ATTENTION = (
     AttentionCase(
         "Gemma 4 31B global step, compact, 32K", (32_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16", key_dim=128
     ),
+    AttentionCase("Qwen3-0.6B chunk, 128K", (129_024,), 1024, 16, 8, 128, 128, 1024, dtype="bfloat16"),
     AttentionCase("Gemma 4 31B global step, 4K of 32K", (4_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
 )
 SMALL_SCORING = (
@@ -228,4 +352,37 @@ SMALL_SCORING = (
 LARGE_SCORING = (
     ScoringCase("SmolLM2, 8K", 8_000, 1, 288, 3, 64, 128, 64, dtype="bfloat16", reduce="max"),
     ScoringCase("Qwen3-8B, 128K", 128_000, 1, 1024, 8, 128, 128, 1024, dtype="bfloat16", reduce="max"),
+)
+SMALL_SELECTION = (
+    SelectionCase("one query block", (48,), (200,), 16, 4, 2, 16, 16, block_size=16),
+    SelectionCase("not at a block's edge", (37,), (500,), 40, 4, 2, 32, 32, block_size=16),
+    SelectionCase("two slots", (96, 5), (400, 300), 32, 6, 2, 16, 32, block_size=16),
+    SelectionCase("end of a prompt", (160,), (199,), 48, 4, 4, 32, 16, block_size=16),
+    SelectionCase("more blocks than a tile", (2_000,), (4_000,), 16, 2, 1, 16, 200, block_size=16),
+    SelectionCase("few rows", (70,), (90,), 5, 2, 1, 16, 8, block_size=16),
+    SelectionCase("everything", (128,), (999,), 32, 4, 2, 32, 16, block_size=16, alpha=0.0),
+    SelectionCase("bf16", (160,), (999,), 32, 9, 3, 64, 16, block_size=16, dtype="bfloat16"),
+    SelectionCase("compact", (160,), (999,), 32, 4, 1, 64, 16, block_size=16, key_dim=16),
+    SelectionCase("blocks of 128", (300,), (2_000,), 200, 2, 1, 16, 12),
+    SelectionCase("wide", (160,), (999,), 64, 2, 1, 512, 16, block_size=64, key_dim=128),
+)
+LARGE_SELECTION = (
+    SelectionCase("SmolLM2 chunk, 8K", (7_000,), (8_100,), 1024, 9, 3, 64, 64, dtype="bfloat16"),
+    SelectionCase("Qwen3-0.6B chunk, 128K", (129_024,), (140_000,), 1024, 16, 8, 128, 1024, dtype="bfloat16"),
+)
+SMALL_SPARSE = (
+    SparseCase("one query block", (48,), 16, 4, 2, 16, 16, 4, 2, block_size=16),
+    SparseCase("not at a block's edge", (37,), 40, 4, 2, 32, 32, 4, 3, block_size=16),
+    SparseCase("two slots", (96, 5), 32, 6, 2, 16, 32, 4, 4, block_size=16),
+    SparseCase("few rows", (70,), 5, 2, 1, 16, 16, 5, 2, block_size=16),
+    SparseCase("all blocks", (100,), 60, 4, 2, 32, 32, 5, 99, block_size=16),
+    SparseCase("bf16", (160,), 32, 9, 3, 64, 32, 6, 5, block_size=16, dtype="bfloat16"),
+    SparseCase("compact", (70, 3), 32, 4, 2, 64, 16, 7, 3, block_size=16, key_dim=16),
+    SparseCase("compact head of 512", (70,), 64, 4, 1, 512, 64, 3, 2, block_size=64, key_dim=128),
+    SparseCase("blocks of 128", (300,), 200, 2, 1, 16, 256, 2, 2),
+)
+LARGE_SPARSE = (
+    SparseCase("SmolLM2 chunk, 8K", (7_000,), 1024, 9, 3, 64, 128, 64, 24, dtype="bfloat16"),
+    SparseCase("Qwen3-0.6B chunk, 128K, 6 % of it", (129_024,), 1024, 16, 8, 128, 128, 1024, 62, dtype="bfloat16"),
+    SparseCase("Qwen3-0.6B last rows, 128K", (130_816,), 256, 16, 8, 128, 128, 1024, 1024, dtype="bfloat16"),
 )

@@ -16,11 +16,16 @@ from pallas_kernels.cases import (
     LARGE_ATTENTION,
     LARGE_MATMUL,
     LARGE_SCORING,
+    LARGE_SELECTION,
+    LARGE_SPARSE,
     SMALL_ATTENTION,
     SMALL_MATMUL,
     SMALL_SCORING,
+    SMALL_SELECTION,
+    SMALL_SPARSE,
 )
 from pallas_kernels.quantised_matmul.api import matmul
+from pallas_kernels.sparse_attention.api import attend_blocks, select_blocks
 from pallas_kernels.timing import copies_of, seconds_per_call
 from pallas_kernels.token_scoring.api import token_scores
 
@@ -61,6 +66,24 @@ def largest_difference(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
+def listed_blocks(*arguments: Any, **keywords: Any) -> jax.Array:
+    """What `select_blocks` keeps: numbers of blocks from 1 on, and zeros behind them."""
+    indices, counts = select_blocks(*arguments, **keywords)
+    listed = jnp.arange(indices.shape[3])[None, None, None, :] < counts[..., None]
+    return jnp.where(listed, indices + 1, 0).astype(jnp.float32)
+
+
+def differing_blocks(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The share of blocks that only one of two lists has; rounding moves a few across the threshold."""
+
+    def kept(listed: np.ndarray) -> np.ndarray:
+        mask = np.zeros((*listed.shape[:3], listed.shape[3] + 1), np.bool_)
+        np.put_along_axis(mask, listed.astype(np.int64), True, axis=3)
+        return mask[..., 1:]
+
+    return float((kept(actual) != kept(expected)).sum() / max(1, kept(expected).sum()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Operation:
     """An operation's public name and its cases. `error` compares a result with the reference's."""
@@ -75,6 +98,8 @@ class Operation:
 OPERATIONS: tuple[Operation, ...] = (
     Operation("block_attention", block_attention, SMALL_ATTENTION, LARGE_ATTENTION),
     Operation("token_scoring", token_scores, SMALL_SCORING, LARGE_SCORING),
+    Operation("sparse_selection", listed_blocks, SMALL_SELECTION, LARGE_SELECTION, differing_blocks),
+    Operation("sparse_attention", attend_blocks, SMALL_SPARSE, LARGE_SPARSE),
     Operation("quantised_matmul", matmul, SMALL_MATMUL, LARGE_MATMUL),
 )
 

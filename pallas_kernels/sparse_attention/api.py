@@ -1,0 +1,160 @@
+"""Causal attention of prompt rows that reads only the blocks of keys that matter: the public names.
+
+Source: FlashPrefill (arXiv 2603.06199). For scoring prompts only: at 128K it loses facts that dense attention finds.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged import default_implementation
+from pallas_kernels.sparse_attention import reference, triton
+from pallas_kernels.sparse_attention.selection import Selection, SelectionRule, update_means
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Selection",
+    "SelectionRule",
+    "attend_blocks",
+    "select_blocks",
+    "sparse_attention",
+    "update_means",
+]
+
+IMPLEMENTATIONS = ("reference", "triton")
+
+
+def sparse_attention(
+    queries: Float[Array, "B T H Q"],
+    key_pool: Float[Array, "tokens kv_heads K"],
+    value_pool: Float[Array, "tokens kv_heads D"],
+    means: Float[Array, "B N kv_heads Q"],
+    page_table: Int[Array, "B P"],
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    *,
+    page_size: int,
+    scale: float,
+    rule: SelectionRule,
+    compact: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T H D"]:
+    """Selects blocks of keys for T prompt rows of each of B slots, and mixes their values.
+
+    Arguments and errors are those of `select_blocks` and `attend_blocks`.
+    """
+    selection = select_blocks(
+        queries,
+        means,
+        starts,
+        lengths,
+        scale=scale,
+        rule=rule,
+        key_dim=key_pool.shape[2] if compact else None,
+        implementation=implementation,
+    )
+    return attend_blocks(
+        queries,
+        key_pool,
+        value_pool,
+        page_table,
+        starts,
+        selection,
+        page_size=page_size,
+        scale=scale,
+        block_size=rule.block_size,
+        compact=compact,
+        implementation=implementation,
+    )
+
+
+def select_blocks(
+    queries: Float[Array, "B T H Q"],
+    means: Float[Array, "B N kv_heads Q"],
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float,
+    rule: SelectionRule,
+    key_dim: int | None = None,
+    implementation: str | None = None,
+) -> Selection:
+    """The blocks of keys that each query block of each head reads.
+
+    Row t of slot b has token index `starts[b] + t`; rows from `lengths[b]` on (the prompt's length) are padding. A
+    query block is `rule.block_size` rows, counted from the first row. `means[b, j]` is the mean key of block j,
+    `update_means` makes it. A row gives block j the score `scale * q.mean` if the block begins at or before the row;
+    a block's mass is the sum over rows of exp(score - largest score of the query block), and it is kept by the rule.
+    (FlashPrefill normalises masses to a sum of 1, which changes no comparison.) A query block of padding keeps
+    nothing. Compact queries and means (block_attention) say with `key_dim` where keys end and values begin.
+
+    Slots do not depend on each other. Raises NotImplementedError when a named implementation cannot take these
+    arguments, ValueError when shapes do not fit.
+    """
+    if means.shape[3] != queries.shape[3] or queries.shape[2] % means.shape[2]:
+        raise ValueError(
+            f"queries have {queries.shape[2]} heads of {queries.shape[3]}, means are {means.shape}: "
+            "expected means [slots, blocks, kv_heads, width] with kv_heads dividing heads"
+        )
+    widths = [queries.shape[3]] if key_dim is None else [key_dim, queries.shape[3] - key_dim]
+    if _choose("select_blocks", implementation, rule.block_size, *widths) == "triton":
+        return triton.select_blocks(queries, means, starts, lengths, scale=scale, rule=rule, key_dim=key_dim)
+    return reference.select_blocks(queries, means, starts, lengths, scale=scale, rule=rule)
+
+
+def attend_blocks(
+    queries: Float[Array, "B T H Q"],
+    key_pool: Float[Array, "tokens kv_heads K"],
+    value_pool: Float[Array, "tokens kv_heads D"],
+    page_table: Int[Array, "B P"],
+    starts: Int[Array, " B"],
+    selection: Selection,
+    *,
+    page_size: int,
+    scale: float,
+    block_size: int,
+    compact: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T H D"]:
+    """Softmax attention in f32 over the selected blocks of paged KV, up to each row itself.
+
+    Pools, table, starts and the compact form are those of `block_attention`; blocks lie whole in pages. A row whose
+    query block has no blocks gives zeros. Slots do not depend on each other, and a row depends on its query block only
+    through the selection. Raises NotImplementedError when a named implementation cannot take these arguments,
+    ValueError when shapes do not fit.
+    """
+    keys, values = key_pool.shape[2], value_pool.shape[2]
+    width, heads = queries.shape[3], queries.shape[2]
+    if width != (keys + values if compact else keys) or heads % key_pool.shape[1]:
+        raise ValueError(
+            f"queries have {heads} heads of {width}, pools {key_pool.shape} and {value_pool.shape}: "
+            "expected pools [tokens, kv_heads, width] with kv_heads dividing heads"
+        )
+    if page_size % block_size or key_pool.shape[0] % page_size:
+        raise ValueError(
+            f"pools have {key_pool.shape[0]} rows in pages of {page_size}: expected whole pages of whole blocks of "
+            f"{block_size}"
+        )
+    chosen = (
+        triton
+        if _choose("attend_blocks", implementation, page_size, block_size, keys, values) == "triton"
+        else reference
+    )
+    return chosen.attend_blocks(
+        queries,
+        key_pool,
+        value_pool,
+        page_table,
+        starts,
+        selection,
+        page_size=page_size,
+        scale=scale,
+        block_size=block_size,
+        compact=compact,
+    )
+
+
+def _choose(name: str, implementation: str | None, *sizes: int) -> str:
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise NotImplementedError(f"{name} has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
+    return implementation or default_implementation(*sizes)

@@ -1,0 +1,301 @@
+"""Sparse attention as two Pallas Triton kernels: one selects, one attends. Both work on a query block and one head.
+
+The selecting program walks twice over the means of keys: first for the largest score and the largest mass of a block,
+then again to compare each block with them. What it keeps it writes one behind the other, by a running sum.
+
+    grid (slots * query blocks, heads)           query block [rows, D], in tiles where D is large
+      for each tile of means [MEANS, D]          scores -> running maximum -> mass per block -> largest mass
+      for each tile of means                     the same masses -> kept? -> numbers of blocks, count
+
+The attending program reads the blocks that are listed, with an online softmax in f32. Programs of the last rows come
+first: they have most to read.
+
+    grid (slots * query blocks * tiles, heads)   q tile [TILE, D] stays in registers
+      for each listed block, in parts            K part [KEYS, D] -> scores -> running maximum and sum -> V part
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged import why_not
+from pallas_kernels.sparse_attention.selection import (
+    Selection,
+    SelectionRule,
+    in_query_blocks,
+    in_rows,
+    query_block_rows,
+)
+
+_MEANS, _KEYS = 64, 64
+"""Means, and keys, of one step of the loops."""
+_LEAST_TILE = 16
+"""Tensor cores take 16 rows."""
+_TILE_NUMBERS = 16_384
+"""A tile's sums are so many f32 numbers at most, or they spill."""
+_LOWEST = -1e30
+"""Stands for minus infinity: a difference of two of them is a number."""
+
+
+def select_blocks(
+    queries: Float[Array, "B T H Q"],
+    means: Float[Array, "B N kv_heads Q"],
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float,
+    rule: SelectionRule,
+    key_dim: int | None = None,
+    interpret: bool = False,
+) -> Selection:
+    """See `api.select_blocks`. `key_dim` cuts compact queries, which are no power of two wide, into two that are.
+
+    Raises NotImplementedError for sizes that are not powers of two.
+    """
+    slots, rows, heads, width = queries.shape
+    num_blocks, kv_heads = means.shape[1:3]
+    cuts = [] if key_dim is None else [key_dim]
+    widths = [key_dim, width - key_dim] if key_dim is not None else [width]
+    if reason := why_not(rule.block_size, *widths):
+        raise NotImplementedError(f"select_blocks on Triton {reason}")
+    size, blocks = query_block_rows(rows, rule.block_size)
+    tile, padded = _tiles(size, max(widths))
+    stacked = in_query_blocks(queries.astype(means.dtype), size, blocks, padded)
+    means = jnp.pad(means, ((0, 0), (0, -num_blocks % _MEANS), (0, 0), (0, 0)))
+    places = means.shape[1]
+    query_parts, mean_parts = jnp.split(stacked, cuts, axis=-1), jnp.split(means, cuts, axis=-1)
+    whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
+
+    def of_block(*rest: int) -> pl.BlockSpec:
+        zeros = (0,) * len(rest)
+        return pl.BlockSpec(
+            (None, None, None, *rest), lambda place, head: (place // blocks, place % blocks, head, *zeros)
+        )
+
+    indices, counts = pl.pallas_call(
+        functools.partial(
+            _select_kernel,
+            rows=rows,
+            size=size,
+            blocks=blocks,
+            tile=tile,
+            tiles=padded // tile,
+            num_blocks=num_blocks,
+            places=places,
+            group=heads // kv_heads,
+            scale=scale,
+            rule=rule,
+        ),
+        grid=(slots * blocks, heads),
+        in_specs=[*[of_block(padded, part.shape[4]) for part in query_parts], *[whole] * (len(mean_parts) + 2)],
+        out_specs=[of_block(places), of_block(1)],
+        out_shape=[
+            jax.ShapeDtypeStruct((slots, blocks, heads, places), jnp.int32),
+            jax.ShapeDtypeStruct((slots, blocks, heads, 1), jnp.int32),
+        ],
+        compiler_params=plt.CompilerParams(num_warps=8 if tile * max(widths) >= _TILE_NUMBERS else 4, num_stages=2),
+        interpret=interpret,
+        name="sparse_attention_select",
+    )(*query_parts, *mean_parts, starts, lengths)
+    return Selection(indices[..., :num_blocks], counts[..., 0])
+
+
+def attend_blocks(
+    queries: Float[Array, "B T H Q"],
+    key_pool: Float[Array, "tokens kv_heads K"],
+    value_pool: Float[Array, "tokens kv_heads D"],
+    page_table: Int[Array, "B P"],
+    starts: Int[Array, " B"],
+    selection: Selection,
+    *,
+    page_size: int,
+    scale: float,
+    block_size: int,
+    compact: bool = False,
+    interpret: bool = False,
+) -> Float[Array, "B T H D"]:
+    """See `api.attend_blocks`. Raises NotImplementedError for sizes that are not powers of two."""
+    slots, rows, heads, _ = queries.shape
+    kv_heads, head_dim = value_pool.shape[1:]
+    if reason := why_not(page_size, block_size, key_pool.shape[2], head_dim):
+        raise NotImplementedError(f"attend_blocks on Triton {reason}")
+    size, blocks = query_block_rows(rows, block_size)
+    tile, padded = _tiles(size, head_dim)
+    tiles = padded // tile
+    stacked = in_query_blocks(queries.astype(key_pool.dtype), size, blocks, padded)
+    parts = jnp.split(stacked, [key_pool.shape[2]], axis=-1) if compact else [stacked]
+    whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
+    programs = slots * blocks * tiles
+
+    def of_tile(width: int) -> pl.BlockSpec:
+        def index(turn: Array, head: Array) -> tuple[Array | int, ...]:
+            place = programs - 1 - turn
+            return place // tiles // blocks, place // tiles % blocks, head, place % tiles, 0
+
+        return pl.BlockSpec((None, None, None, tile, width), index)
+
+    mixed = pl.pallas_call(
+        functools.partial(
+            _attend_kernel,
+            size=size,
+            blocks=blocks,
+            tile=tile,
+            tiles=tiles,
+            programs=programs,
+            group=heads // kv_heads,
+            page_size=page_size,
+            block_size=block_size,
+            scale=scale,
+            compact=compact,
+        ),
+        grid=(programs, heads),
+        in_specs=[*[of_tile(part.shape[4]) for part in parts], *[whole] * 6],
+        out_specs=of_tile(head_dim),
+        out_shape=jax.ShapeDtypeStruct((slots, blocks, heads, padded, head_dim), queries.dtype),
+        compiler_params=plt.CompilerParams(num_warps=8 if tile * head_dim >= _TILE_NUMBERS else 4, num_stages=2),
+        interpret=interpret,
+        name="sparse_attention_attend",
+    )(*parts, key_pool, value_pool, page_table, starts, selection.indices, selection.counts)
+    return in_rows(mixed, size, rows)
+
+
+def _tiles(size: int, width: int) -> tuple[int, int]:
+    """Rows of a tile of a query block, and rows of the whole block in full tiles."""
+    tile = min(max(_LEAST_TILE, pl.next_power_of_2(size)), max(_LEAST_TILE, _TILE_NUMBERS // width))
+    return tile, -(-size // tile) * tile
+
+
+def _precision(array: Array) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if array.dtype == jnp.float32 else None
+
+
+def _select_kernel(
+    *refs,
+    rows: int,
+    size: int,
+    blocks: int,
+    tile: int,
+    tiles: int,
+    num_blocks: int,
+    places: int,
+    group: int,
+    scale: float,
+    rule: SelectionRule,
+) -> None:
+    *both, starts_ref, lengths_ref, indices_ref, counts_ref = refs
+    query_refs, mean_refs = both[: len(both) // 2], both[len(both) // 2 :]
+    place, head = pl.program_id(0), pl.program_id(1)
+    slot, kv_head = jax.lax.div(place, blocks), jax.lax.div(head, group)
+    start, length = starts_ref[slot], lengths_ref[slot]
+    first = start + jax.lax.rem(place, blocks) * size
+    last = jnp.minimum(jnp.minimum(first + size, start + rows), length) - 1
+    end = jnp.minimum(jax.lax.div(last, rule.block_size) + 1, num_blocks)
+    end = jnp.where(first < length, end, 0)
+    steps = jax.lax.div(end + _MEANS - 1, _MEANS)
+
+    def numbers(step):
+        return step * _MEANS + jax.lax.broadcasted_iota(jnp.int32, (_MEANS,), 0)
+
+    def masses(step):
+        """The largest score of the step's blocks, and each block's mass relative to it."""
+        means = [plt.load(ref.at[slot, pl.ds(step * _MEANS, _MEANS), kv_head, :]) for ref in mean_refs]
+        first_key = numbers(step)[None, :] * rule.block_size
+
+        def add(index, state):
+            highest, mass = state
+            scores = jnp.zeros((tile, _MEANS), jnp.float32)
+            for query_ref, mean in zip(query_refs, means, strict=True):
+                query = plt.load(query_ref.at[pl.ds(index * tile, tile), :])
+                scores += plt.dot(query, mean, trans_b=True, precision=_precision(query))
+            token = first + index * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
+            seen = (first_key <= token) & (token <= last)
+            scores = jnp.where(seen, scores * scale, _LOWEST)
+            new_highest = jnp.maximum(highest, jnp.max(scores))
+            part = jnp.sum(jnp.where(seen, jnp.exp(scores - new_highest), 0.0), axis=0)
+            return new_highest, mass * jnp.exp(highest - new_highest) + part
+
+        return jax.lax.fori_loop(0, tiles, add, (jnp.float32(_LOWEST), jnp.zeros((_MEANS,), jnp.float32)))
+
+    def find_largest(step, state):
+        highest, largest = state
+        peak, mass = masses(step)
+        new_highest = jnp.maximum(highest, peak)
+        here = jnp.max(mass) * jnp.exp(peak - new_highest)
+        return new_highest, jnp.maximum(largest * jnp.exp(highest - new_highest), here)
+
+    highest, largest = jax.lax.fori_loop(0, steps, find_largest, (jnp.float32(_LOWEST), jnp.float32(0.0)))
+    near = jax.lax.div(first, rule.block_size) - rule.window
+    whole = first >= length - rule.full * rule.block_size
+
+    def keep(step, count):
+        peak, mass = masses(step)
+        number = numbers(step)
+        heavy = mass * jnp.exp(peak - highest) >= rule.alpha * largest
+        kept = (heavy | (number < rule.sink) | (number > near) | whole) & (number < end)
+        before = count + jnp.cumsum(kept.astype(jnp.int32), axis=0)  # with itself
+        # Every block has a place of its own, from the end if it is dropped: the interpreter writes to masked ones too.
+        at = jnp.where(kept, before - 1, places - 1 - (number - before))
+        plt.store(indices_ref.at[at], number, mask=kept)
+        return count + jnp.sum(kept.astype(jnp.int32))
+
+    counts_ref[...] = jnp.full((1,), jax.lax.fori_loop(0, steps, keep, jnp.int32(0)), jnp.int32)
+
+
+def _attend_kernel(
+    *refs,
+    size: int,
+    blocks: int,
+    tile: int,
+    tiles: int,
+    programs: int,
+    group: int,
+    page_size: int,
+    block_size: int,
+    scale: float,
+    compact: bool,
+) -> None:
+    *query_refs, key_ref, value_ref, table_ref, starts_ref, indices_ref, counts_ref, out_ref = refs
+    place, head = programs - 1 - pl.program_id(0), pl.program_id(1)
+    whole_block = jax.lax.div(place, tiles)
+    slot, number = jax.lax.div(whole_block, blocks), jax.lax.rem(whole_block, blocks)
+    kv_head = jax.lax.div(head, group)
+    query, *value_query = [ref[...] for ref in query_refs]
+    precision = _precision(query)
+    row = number * size + jax.lax.rem(place, tiles) * tile
+    token = starts_ref[slot] + row + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
+    part = min(_KEYS, block_size)
+    parts = block_size // part
+    turns = counts_ref[slot, number, head] * parts
+
+    def visit(turn, state):
+        highest, total, mixed = state
+        block = indices_ref[slot, number, head, jax.lax.div(turn, parts)]
+        key_token = block * block_size + jax.lax.rem(turn, parts) * part
+        page = table_ref[slot, jax.lax.div(key_token, page_size)]
+        at = pl.ds(page * page_size + jax.lax.rem(key_token, page_size), part)
+        key = plt.load(key_ref.at[at, kv_head, :])
+        value = plt.load(value_ref.at[at, kv_head, :])
+        scores = plt.dot(query, key, trans_b=True, precision=precision)  # [tile, part]
+        if compact:
+            scores += plt.dot(value_query[0], value, trans_b=True, precision=precision)
+        seen = key_token + jax.lax.broadcasted_iota(jnp.int32, (1, part), 1) <= token
+        scores = jnp.where(seen, scores * scale, _LOWEST)
+        new_highest = jnp.maximum(highest, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.where(seen, jnp.exp(scores - new_highest), 0.0)
+        keep = jnp.exp(highest - new_highest)
+        step = plt.dot(weights.astype(value.dtype), value, precision=precision)
+        return new_highest, total * keep + jnp.sum(weights, axis=1, keepdims=True), mixed * keep + step
+
+    state = (
+        jnp.full((tile, 1), _LOWEST, jnp.float32),
+        jnp.zeros((tile, 1), jnp.float32),
+        jnp.zeros(out_ref.shape, jnp.float32),
+    )
+    _, total, mixed = jax.lax.fori_loop(0, turns, visit, state)
+    out_ref[...] = (mixed / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype)

@@ -1,0 +1,234 @@
+"""Both halves of sparse attention against plain numpy loops, and the whole against dense attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.block_attention.api import block_attention
+from pallas_kernels.cases import (
+    LARGE_SELECTION,
+    LARGE_SPARSE,
+    SMALL_SELECTION,
+    SMALL_SPARSE,
+    AttentionCase,
+    SelectionCase,
+    SparseCase,
+)
+from pallas_kernels.operations import differing_blocks
+from pallas_kernels.sparse_attention import api, triton
+from tests.pallas_kernels.test_attention_and_scoring import lower, tolerance
+
+SELECT = {
+    "reference": functools.partial(api.select_blocks, implementation="reference"),
+    "triton": functools.partial(triton.select_blocks, interpret=True),
+}
+ATTEND = {
+    "reference": functools.partial(api.attend_blocks, implementation="reference"),
+    "triton": functools.partial(triton.attend_blocks, interpret=True),
+}
+WHOLE = AttentionCase("whole", (37, 130), 75, 4, 2, 32, 32, 8)
+RULE = api.SelectionRule(block_size=16)
+
+
+def plain_selection(case: SelectionCase) -> dict[tuple[int, int, int], list[int]]:
+    """Blocks kept by (slot, query block, head)."""
+    (queries, means, starts, lengths), keywords = case.arguments()
+    queries, means = np.asarray(queries, np.float64), np.asarray(means, np.float64)
+    rule, scale, size = keywords["rule"], keywords["scale"], case.block_size
+    kept = {}
+    for slot, (start, length) in enumerate(zip(np.asarray(starts), np.asarray(lengths), strict=True)):
+        for number, first in enumerate(range(start, start + case.rows, size)):
+            tokens = [token for token in range(first, min(first + size, start + case.rows)) if token < length]
+            for head in range(case.heads):
+                scores = {}
+                for token in tokens:
+                    for block in range(min(token // size + 1, case.blocks)):
+                        mean = means[slot, block, head // (case.heads // case.kv_heads)]
+                        scores[token, block] = scale * (queries[slot, token - start, head] @ mean)
+                peak = max(scores.values(), default=0.0)
+                mass: dict[int, float] = {}
+                for (_, block), score in scores.items():
+                    mass[block] = mass.get(block, 0.0) + np.exp(score - peak)
+                kept[slot, number, head] = [
+                    block
+                    for block in sorted(mass)
+                    if mass[block] >= rule.alpha * max(mass.values())
+                    or block < rule.sink
+                    or block > first // size - rule.window
+                    or first >= length - rule.full * size
+                ]
+    return kept
+
+
+def lists(selection: api.Selection) -> dict[tuple[int, int, int], list[int]]:
+    indices, counts = np.asarray(selection.indices), np.asarray(selection.counts)
+    return {place: indices[place][: counts[place]].tolist() for place in np.ndindex(*counts.shape)}
+
+
+@pytest.mark.parametrize("implementation", SELECT)
+@pytest.mark.parametrize("case", SMALL_SELECTION, ids=lambda case: case.name)
+def test_blocks_are_those_of_the_rule(case: SelectionCase, implementation: str) -> None:
+    positional, keywords = case.arguments()
+    assert lists(SELECT[implementation](*positional, **keywords)) == plain_selection(case)
+
+
+def test_the_cases_keep_some_blocks_and_drop_others() -> None:
+    case = SMALL_SELECTION[4]
+    kept = plain_selection(case)
+    assert all(10 < len(blocks) < 60 for blocks in kept.values())  # of 126
+    assert all({0, 1, 122, 123, 124, 125} <= set(blocks) for blocks in kept.values())
+
+
+def test_the_last_query_blocks_of_a_prompt_read_everything_and_padding_nothing() -> None:
+    kept = plain_selection(dataclasses.replace(SMALL_SELECTION[3], rows=64, starts=(128,), lengths=(176,)))
+    assert kept[0, 1, 0] == list(range(10)) and kept[0, 2, 0] == list(range(11)) and kept[0, 3, 0] == []
+    assert len(kept[0, 0, 0]) < 9
+
+
+@pytest.mark.parametrize("implementation", ATTEND)
+@pytest.mark.parametrize("case", SMALL_SPARSE, ids=lambda case: case.name)
+def test_attention_is_a_softmax_over_the_selected_blocks(case: SparseCase, implementation: str) -> None:
+    positional, keywords = case.arguments()
+    queries, keys, values, table, starts, selection = (jax.tree.map(np.asarray, each) for each in positional)
+    keys, values = keys.astype(np.float64), values.astype(np.float64)
+    keys = keys if case.key_dim is None else np.concatenate([keys, values], axis=-1)
+    expected = np.zeros((*queries.shape[:3], case.head_dim))
+    for slot, row, head in np.ndindex(*queries.shape[:3]):
+        token = starts[slot] + row
+        place = (slot, row // case.block_size, head)
+        blocks = selection.indices[place][: selection.counts[place]]
+        seen = (blocks[:, None] * case.block_size + np.arange(case.block_size)).reshape(-1)
+        seen = seen[seen <= token]
+        rows = table[slot, seen // case.page_size] * case.page_size + seen % case.page_size
+        of_head = head // (case.heads // case.kv_heads)
+        scores = keywords["scale"] * (keys[rows, of_head] @ queries[slot, row, head].astype(np.float64))
+        weights = np.exp(scores - scores.max())
+        expected[slot, row, head] = weights @ values[rows, of_head] / weights.sum()
+    out = np.asarray(ATTEND[implementation](*positional, **keywords), np.float32)
+    np.testing.assert_allclose(out, expected, atol=tolerance(case.dtype), rtol=tolerance(case.dtype))
+
+
+def means_of(case: AttentionCase, ends: tuple[int, ...], begins: tuple[int, ...] = (0, 0)) -> jax.Array:
+    (_, key_pool, value_pool, table, _), _ = case.arguments()
+    width = case.head_dim + (case.key_dim or 0)
+    empty = jnp.zeros((len(ends), case.pages * case.page_size // 16, case.kv_heads, width))
+    return api.update_means(
+        empty,
+        key_pool,
+        value_pool,
+        table,
+        jnp.asarray(begins),
+        jnp.asarray(ends),
+        most=case.pages * case.page_size,
+        page_size=case.page_size,
+        block_size=16,
+    )
+
+
+@pytest.mark.parametrize("key_dim", [None, 16])
+def test_everything_kept_is_dense_attention(key_dim: int | None) -> None:
+    case = dataclasses.replace(WHOLE, key_dim=key_dim)
+    (*arrays, table, starts), keywords = case.arguments()
+    means = means_of(case, (112, 205))
+    rule = dataclasses.replace(RULE, alpha=0.0)
+    sizes = {name: keywords[name] for name in ("page_size", "scale", "compact")}
+    sparse = api.sparse_attention(*arrays, means, table, starts, jnp.asarray([999, 999]), rule=rule, **sizes)
+    dense = block_attention(*arrays, table, starts, **sizes)
+    np.testing.assert_allclose(sparse, dense, atol=2e-6)
+    strict = dataclasses.replace(RULE, alpha=0.999, sink=0, window=1)
+    few = api.sparse_attention(*arrays, means, table, starts, jnp.asarray([999, 999]), rule=strict, **sizes)
+    assert np.abs(np.asarray(few - dense)).max() > 0.1
+
+
+@pytest.mark.parametrize("key_dim", [None, 16])
+def test_means_are_those_of_the_tokens_read_so_far(key_dim: int | None) -> None:
+    case = dataclasses.replace(WHOLE, key_dim=key_dim)
+    (_, *pools, table, _), _ = case.arguments()
+    pool = np.asarray(pools[0] if key_dim is None else np.concatenate(pools, axis=-1))
+    means = np.asarray(means_of(case, (100, 0)))
+    for block in range(means.shape[1]):
+        tokens = np.arange(16 * block, min(16 * block + 16, 100))
+        rows = np.asarray(table)[0, tokens // 32] * 32 + tokens % 32
+        expected = pool[rows].mean(axis=0) if len(tokens) else np.zeros_like(means[0, 0])
+        np.testing.assert_allclose(means[0, block], expected, atol=1e-6)
+    assert not means[1].any()
+
+
+def test_means_grow_chunk_by_chunk() -> None:
+    """What a chunk adds to is as if all had been read at once, whatever tokens the chunks end at."""
+    (_, *pools, table, _), _ = WHOLE.arguments()
+    sizes = {"page_size": 32, "block_size": 16}
+    means = means_of(WHOLE, (5, 40))
+    for begin, end in (((5, 40), (41, 40)), ((41, 40), (42, 90)), ((42, 90), (101, 256))):
+        means = api.update_means(means, *pools, table, jnp.asarray(begin), jnp.asarray(end), most=166, **sizes)
+    np.testing.assert_array_equal(means, means_of(WHOLE, (101, 256)))
+
+
+@pytest.mark.parametrize("part", ["select", "attend"])
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_a_slot_does_not_depend_on_the_others(implementation: str, part: str) -> None:
+    if part == "select":
+        (queries, means, starts, lengths), keywords = SMALL_SELECTION[2].arguments()
+        run = functools.partial(SELECT[implementation], **keywords)
+        changed = run(queries.at[1].set(50.0), means.at[1].set(-3.0), starts.at[1].set(400), lengths.at[1].set(401))
+        before, after = (lists(each) for each in (run(queries, means, starts, lengths), changed))
+        assert {place: blocks for place, blocks in before.items() if place[0] == 0}.items() <= after.items()
+        return
+    (queries, *pools, table, starts, selection), keywords = SMALL_SPARSE[2].arguments()
+    run = jax.jit(functools.partial(ATTEND[implementation], **keywords))
+    changed = run(
+        queries.at[1].set(50.0),
+        *pools,
+        table,
+        starts.at[1].set(90),
+        api.Selection(selection.indices, selection.counts.at[1].set(6)),
+    )
+    np.testing.assert_array_equal(run(queries, *pools, table, starts, selection)[0], changed[0])
+
+
+def test_a_row_depends_on_its_query_block_only_through_the_selection() -> None:
+    (queries, *rest), keywords = SMALL_SPARSE[1].arguments()
+    for attend in ATTEND.values():
+        run = jax.jit(functools.partial(attend, **keywords))
+        np.testing.assert_array_equal(run(queries.at[:, 7:].set(9.0), *rest)[:, :7], run(queries, *rest)[:, :7])
+
+
+@pytest.mark.parametrize("case", [*SMALL_SELECTION, *LARGE_SELECTION], ids=lambda case: case.name)
+def test_selecting_lowers_for_cuda(case: SelectionCase) -> None:
+    positional, keywords = case.arguments()
+    assert "triton" in lower(functools.partial(triton.select_blocks, **keywords), positional)
+
+
+@pytest.mark.parametrize("case", [*SMALL_SPARSE, *LARGE_SPARSE], ids=lambda case: case.name)
+def test_attending_lowers_for_cuda(case: SparseCase) -> None:
+    small = dataclasses.replace(case, starts=(900,), pages=16) if case.pages > 100 else case  # the same tiles
+    positional, keywords = small.arguments()
+    assert "triton" in lower(functools.partial(triton.attend_blocks, **keywords), positional)
+
+
+def test_the_measure_of_two_lists_is_the_share_that_differs() -> None:
+    expected = np.asarray([[[[1.0, 3.0, 4.0, 0.0]]]])
+    assert differing_blocks(expected, expected) == 0.0
+    assert differing_blocks(np.asarray([[[[1.0, 2.0, 3.0, 4.0]]]]), expected) == pytest.approx(1 / 3)
+
+
+def test_what_cannot_be_taken_is_named() -> None:
+    positional, keywords = SMALL_SELECTION[0].arguments()
+    odd = {**keywords, "rule": dataclasses.replace(RULE, block_size=24)}
+    with pytest.raises(NotImplementedError, match="powers of two from 16 on, got page_size 24"):
+        api.select_blocks(*positional, **odd, implementation="triton")
+    with pytest.raises(NotImplementedError, match="'mosaic'"):
+        api.select_blocks(*positional, **keywords, implementation="mosaic")
+    with pytest.raises(ValueError, match="4 heads of 16, means are"):
+        api.select_blocks(positional[0], positional[1][..., :8], *positional[2:], **keywords)
+    positional, keywords = SMALL_SPARSE[0].arguments()
+    with pytest.raises(ValueError, match="whole blocks of 32"):
+        api.attend_blocks(*positional, **{**keywords, "block_size": 32})
+    with pytest.raises(ValueError, match="4 heads of 8"):
+        api.attend_blocks(positional[0][..., :8], *positional[1:], **keywords)
