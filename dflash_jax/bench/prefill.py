@@ -40,12 +40,11 @@ def run(
 
     Without a prompts file the prompts are long documents with a hidden fact, and the table says whether it was found.
     """
-    del bsa
     check_plot(plot)
     with progress_bar() as progress:
         loaded = load_model(model, scorer=scorer, progress=progress)
         options: dict[str, Any] = {"context_length": context_length, "max_sessions": 1}
-        pruning = {"keep_ratio": keep_ratio, "pflash_scope": pflash_scope, "positions": positions}
+        pruning = {"keep_ratio": keep_ratio, "pflash_scope": pflash_scope, "positions": positions, "bsa": bsa}
         plain = Engine(loaded, pflash="off", **options)
         fast = Engine(loaded, pflash="on", **pruning, **options)
         with contextlib.closing(plain), contextlib.closing(fast):

@@ -164,12 +164,15 @@ class Answer:
                 branch = store.branch(session)
                 store.grow(branch, len(ids) + QUESTION_ROWS)
             start = branch.length if branch else 0
-            keys = programs.new_keys()
+            tables = programs.tables(branch.pages, branch.ring, start) if branch else programs.scorer_tables()
+            reading = programs.begin_reading(tables, start, len(ids))
             for begin, end in chunks_of(len(ids) - start, programs.profile):
                 rows = slice(start + begin, start + end)
                 tables = self._tables(branch, end - begin) if branch else programs.scorer_tables()
-                keys = programs.read_for_scoring(keys, ids[rows], positions[rows], tables, start + begin, begin)
-                jax.block_until_ready(keys)
+                reading = programs.read_for_scoring(
+                    reading, ids[rows], positions[rows], tables, start + begin, begin, len(ids)
+                )
+                jax.block_until_ready(reading)
                 if branch:
                     branch.length = start + end
                 yield
@@ -178,7 +181,7 @@ class Answer:
             after = np.arange(QUESTION_ROWS, dtype=np.int32)
             asked = question[after % len(question)]
             tables = self._tables(branch, QUESTION_ROWS) if branch else programs.scorer_tables()
-            scores = programs.score(keys, asked, positions[-1] + 1 + after, tables, len(ids), len(ids) - start)
+            scores = programs.score(reading, asked, positions[-1] + 1 + after, tables, len(ids), len(ids) - start)
             # Tokens before the new ones may be read again (a separate scorer reads all); they are not up for selection.
             again = len(ids) - start - len(mask)
             kept = select(scores, np.concatenate([np.zeros(again, np.bool_), mask]), keep_ratio)[again:]

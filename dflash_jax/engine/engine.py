@@ -17,7 +17,7 @@ import numpy as np
 from dflash_jax.cache.pages import PageAllocator
 from dflash_jax.cache.sessions import RingPages, SessionStore
 from dflash_jax.compress.prune import Gate, Mode, Positions
-from dflash_jax.compress.score import QUESTION_ROWS, early_exit, full_depth
+from dflash_jax.compress.score import QUESTION_ROWS, Sparse, early_exit, full_depth
 from dflash_jax.compress.spans import Prompt
 from dflash_jax.control.rules import Rule, initial
 from dflash_jax.control.state import Observation
@@ -75,6 +75,7 @@ class Engine:
         rule: Rule = "relative",
         context_length: int | None = None,
         max_sessions: int | None = None,
+        bsa: bool = False,
     ) -> None:
         if keep_ratio is not None and not 0 < keep_ratio <= 1:
             raise ValueError(f"keep ratio {keep_ratio} is not in (0, 1]: give the fraction of prompt tokens to keep")
@@ -104,6 +105,7 @@ class Engine:
             pages_per_sequence=pages_per_sequence,
             ring=ring,
             num_ring_pages=num_ring_pages,
+            sparse=Sparse() if bsa else None,
         )
         store = SessionStore(
             num_pages=num_pages,
@@ -137,16 +139,13 @@ class Engine:
         *,
         drafter: str | Path | None = None,
         scorer: str | Path | None = None,
-        bsa: bool = False,
         progress: Progress | None = None,
         **options: Any,
     ) -> Engine:
         """An engine for the model at `path`, or for the default model; `options` are those of the constructor.
 
-        `bsa` asks for block-sparse attention in the scorer, which is dense as long as there is no kernel for it. Raises
-        CheckpointError, ConfigError or TokenizerError with a line that says what to do.
+        Raises CheckpointError, ConfigError or TokenizerError with a line that says what to do.
         """
-        del bsa
         return Engine(load_model(path, drafter=drafter, scorer=scorer, progress=progress), **options)
 
     def warm_up(self, progress: Progress | None = None) -> None:

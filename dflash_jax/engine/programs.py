@@ -13,7 +13,17 @@ import numpy as np
 from flax import nnx
 
 from dflash_jax.compress.prune import select
-from dflash_jax.compress.score import QUESTION_ROWS, Depth, Keys, empty_keys, read_chunk, score_tokens
+from dflash_jax.compress.score import (
+    QUESTION_ROWS,
+    Depth,
+    Reading,
+    Sparse,
+    empty_keys,
+    means_of_prefix,
+    read_chunk,
+    score_tokens,
+    sparse_layers,
+)
 from dflash_jax.engine.extras import extras_of
 from dflash_jax.engine.profile import Profile
 from dflash_jax.engine.request import Sampling
@@ -66,6 +76,7 @@ class Programs:
 
     `scorer` is None when the target's own first layers score. With a `ring` the target's layers with a window have
     pools of `num_ring_pages` pages; without one they store all tokens. Both numbers of pages count page 0.
+    `sparse` says how the scorer reads long prompts.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class Programs:
         pages_per_sequence: int,
         ring: Ring | None = None,
         num_ring_pages: int = 1,
+        sparse: Sparse | None = None,
     ) -> None:
         self.profile = profile
         self.pages_per_sequence = pages_per_sequence
@@ -102,7 +114,21 @@ class Programs:
             )
             for kind, rows in ((PLAIN, profile.plain_rows), *((rows, rows) for rows in self.block_rows))
         }
-        self._read = self._compile_scorer(read_chunk, donated=(1, 2), depth=depth, page_size=page_size)
+        config = (scorer or target).config
+        fits = sparse is not None and sparse.least_tokens <= pages_per_sequence * page_size
+        self._sparse = sparse if fits and sparse_layers(config, depth) else None
+        self._read = self._compile_scorer(
+            read_chunk, donated=(1, 2), depth=depth, sparse=self._sparse, page_size=page_size
+        )
+        self._means = jax.jit(
+            functools.partial(
+                means_of_prefix,
+                config=config,
+                depth=depth,
+                sparse=self._sparse or Sparse(),
+                page_size=page_size,
+            )
+        )
         self._score = self._compile_scorer(score_tokens, donated=(1,), depth=depth, page_size=page_size)
         self.vocabulary = target.config.vocab_size
         self._no_extras = put(extras_of(Sampling(), np.zeros(0, np.int32), self.vocabulary))
@@ -167,30 +193,43 @@ class Programs:
         host = {name: getattr(visit, name) for name in ("tokens", "count", "steps", "steps_by_count")}
         return dataclasses.replace(visit, **jax.device_get(host)), slots
 
-    def new_keys(self) -> Keys:
-        """Buffers for the keys of one prompt that is being scored."""
+    def begin_reading(self, tables: Tables, start: int, length: int) -> Reading:
+        """Buffers for the keys of one prompt of `length` tokens that is being scored.
+
+        The scorer has K and V of its first `start` tokens.
+        """
         tokens = self.pages_per_sequence * self.profile.page_size
         room = (
             -(-self.profile.chunks[-1] // self.profile.page_size) * self.profile.page_size
         )  # for a half-empty last chunk
         config = self._scorer_config or self._target_config
-        return put(empty_keys(config, self._depth, tokens=tokens + room, dtype=self.profile.dtype))
+        keys = put(empty_keys(config, self._depth, tokens=tokens + room, dtype=self.profile.dtype))
+        if self._sparse is None or length < self._sparse.least_tokens:
+            return Reading(keys, {})
+        return Reading(keys, self._means(self._get_scorer_pools(), tables.pages, np.asarray([start], np.int32)))
 
     def read_for_scoring(
-        self, keys: Keys, tokens: np.ndarray, positions: np.ndarray, tables: Tables, start: int, first: int
-    ) -> Keys:
-        """The scorer reads one chunk of prompt at token index `start`.
+        self,
+        reading: Reading,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        tables: Tables,
+        start: int,
+        first: int,
+        length: int,
+    ) -> Reading:
+        """The scorer reads one chunk, at token index `start`, of a prompt of `length` tokens.
 
         The `first` tokens read so far have their keys.
         """
         rows, starts = (self._pad(tokens), self._pad(positions)), np.asarray([start], np.int32)
-        arguments = (*rows, tables.pages, starts, np.int32(first), tables.ring)
-        pools, keys = self._read(self._scorer_weights.leaves, self._get_scorer_pools(), keys, *arguments)
+        arguments = (*rows, tables.pages, starts, np.int32(first), np.asarray([length], np.int32), tables.ring)
+        pools, reading = self._read(self._scorer_weights.leaves, self._get_scorer_pools(), reading, *arguments)
         self._set_scorer_pools(pools)
-        return keys
+        return reading
 
     def score(
-        self, keys: Keys, question: np.ndarray, positions: np.ndarray, tables: Tables, start: int, length: int
+        self, reading: Reading, question: np.ndarray, positions: np.ndarray, tables: Tables, start: int, length: int
     ) -> jax.Array:
         """Scores f32[layers, tokens] of the `length` tokens whose keys are given, under QUESTION_ROWS question tokens.
 
@@ -198,7 +237,7 @@ class Programs:
         """
         rows, starts = (question[None], positions[None]), np.asarray([start], np.int32)
         arguments = (*rows, tables.pages, starts, np.int32(length), tables.ring)
-        scores, pools = self._score(self._scorer_weights.leaves, self._get_scorer_pools(), keys, *arguments)
+        scores, pools = self._score(self._scorer_weights.leaves, self._get_scorer_pools(), reading.keys, *arguments)
         self._set_scorer_pools(pools)
         return scores
 
@@ -220,8 +259,10 @@ class Programs:
             label = f"decoding with DFlash, {rows} rows" if rows else "plain decoding"
             steps.append((label, functools.partial(self._run_dummy_decode, rows)))
         if with_scoring:
+            lengths = {"": 0, "sparse ": self._sparse.least_tokens} if self._sparse else {"": 0}
             steps += [
-                (f"scoring of {rows} tokens", functools.partial(self._run_dummy_read, rows))
+                (f"{kind}scoring of {rows} tokens", functools.partial(self._run_dummy_read, rows, length))
+                for kind, length in lengths.items()
                 for rows in self.profile.chunks
             ]
             question = np.zeros(QUESTION_ROWS, np.int32)
@@ -299,13 +340,15 @@ class Programs:
         self.prefill_chunk(zeros, zeros, self._no_tables(), 0)
         jax.block_until_ready(self.pools)
 
-    def _run_dummy_read(self, rows: int) -> None:
-        zeros = np.zeros(rows, np.int32)
-        self.read_for_scoring(self.new_keys(), zeros, zeros, self._scoring_tables(), 0, 0)
+    def _run_dummy_read(self, rows: int, length: int) -> None:
+        zeros, tables = np.zeros(rows, np.int32), self._scoring_tables()
+        reading = self.begin_reading(tables, 0, length)
+        self.read_for_scoring(reading, zeros, zeros, tables, 0, 0, length)
         jax.block_until_ready(self._get_scorer_pools())
 
     def _run_dummy_score(self, question: np.ndarray) -> None:
-        scores = self.score(self.new_keys(), question, question, self._scoring_tables(), 0, 0)
+        tables = self._scoring_tables()
+        scores = self.score(self.begin_reading(tables, 0, 0), question, question, tables, 0, 0)
         select(scores, np.ones(1, np.bool_), 0.5)
 
     def _run_dummy_decode(self, rows: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -22,6 +23,7 @@ from dflash_jax.models.layers import (
     KvPool,
     Linear,
     RMSNorm,
+    SparsePool,
     Weight,
     below,
     dense,
@@ -34,6 +36,19 @@ from dflash_jax.models.layers import (
 from dflash_jax.models.per_layer import PerLayerEmbedding, PerLayerGate
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.quantised_matmul import api as quantised_matmul
+from pallas_kernels.sparse_attention.api import SelectionRule, sparse_attention, update_means
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseReading:
+    """Rows of long prompts that need not read every key: which blocks they do, by `rule` and the prompts' `lengths`.
+
+    `means` has, by layer, the mean key of each block of the tokens read so far; layers that are not there read all.
+    """
+
+    rule: SelectionRule
+    lengths: Int[Array, " slots"]
+    means: Mapping[int, Float[Array, "slots blocks _kv_heads _width"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +64,7 @@ class Place:
     positions: Int[Array, "slots rows"]
     page_size: int
     ring_table: Int[Array, "slots ring_pages"] | None = None
+    sparse: SparseReading | None = None
 
     def table(self, layer: LayerConfig) -> tuple[Int[Array, "slots _pages"], bool]:
         """The page table that a layer goes by, and whether it is a ring."""
@@ -67,13 +83,14 @@ class Pass:
 
     `hidden` is the residual stream after the last layer that ran, before the final norm. `features` are the residual
     streams after the captured layers, concatenated. `unrotated` has queries and keys before RoPE of the layers
-    asked for, in that order.
+    asked for, in that order. `means` are those of `Place.sparse` with the rows' own keys.
     """
 
     hidden: Float[Array, "slots rows dim"]
     pools: tuple[KvPool, ...]
     features: Float[Array, "slots rows features"] | None
     unrotated: tuple[QueriesKeys, ...]
+    means: Mapping[int, Float[Array, "slots _blocks _kv_heads _width"]]
 
 
 class Attention(nnx.Module):
@@ -114,8 +131,8 @@ class Attention(nnx.Module):
         return q, k if self.k_norm is None else self.k_norm(k), v if self.v_norm is None else self.v_norm(v)
 
     def __call__(
-        self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place
-    ) -> tuple[Float[Array, "slots rows dim"], KvPool, tuple[Array, Array | None]]:
+        self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool | SparsePool, place: Place
+    ) -> tuple[Float[Array, "slots rows dim"], KvPool | SparsePool, tuple[Array, Array | None]]:
         """The mix, the pool with the rows' own K and V, and queries and own keys before RoPE."""
         q, k, v = self.project(x)
         table, ring = place.table(self.layer)
@@ -123,20 +140,40 @@ class Attention(nnx.Module):
         compact = self.key_width < self.layer.head_dim
         if compact and keys is not None:
             queries, keys = self._compact(queries, keys)
+        kv = pool[0], pool[1]
         if keys is not None and v is not None:
-            pool = write_rows(pool, keys, v, table, place.starts, place.page_size, ring=ring)
-        mixed = block_attention(
-            queries,
-            *pool,
-            table,
-            place.starts,
-            page_size=place.page_size,
-            scale=self.layer.attention_scale,
-            window=self.layer.window,
-            ring=ring,
-            compact=compact,
-        )
+            kv = write_rows(kv, keys, v, table, place.starts, place.page_size, ring=ring)
+        sizes = {"page_size": place.page_size, "scale": self.layer.attention_scale, "compact": compact}
+        if isinstance(pool, SparsePool):
+            pool = self._with_means(SparsePool(*kv, pool.means), place, queries.shape[1])
+            mixed = self._read_sparsely(queries, pool, place, **sizes)
+        else:
+            pool, ringed = kv, {"window": self.layer.window, "ring": ring}
+            mixed = block_attention(queries, *kv, table, place.starts, **ringed, **sizes)
         return self.out(mixed.reshape(*x.shape[:2], -1)), pool, (q, k)
+
+    def _with_means(self, pool: SparsePool, place: Place, rows: int) -> SparsePool:
+        """The pool, where the rows' own keys are already, with the means of the blocks that they lie in."""
+        assert place.sparse is not None
+        means = update_means(
+            pool.means,
+            pool.keys,
+            pool.values,
+            place.page_table,
+            place.starts,
+            jnp.minimum(place.starts + rows, place.sparse.lengths),  # padding has no part in a mean
+            most=rows,
+            page_size=place.page_size,
+            block_size=place.sparse.rule.block_size,
+        )
+        return pool._replace(means=means)
+
+    def _read_sparsely(
+        self, queries: Float[Array, "slots rows heads _width"], pool: SparsePool, place: Place, **sizes: Any
+    ) -> Float[Array, "slots rows heads _head_dim"]:
+        assert place.sparse is not None
+        where = (place.page_table, place.starts, place.sparse.lengths)
+        return sparse_attention(queries, *pool, *where, rule=place.sparse.rule, **sizes)
 
     def _compact(
         self, queries: Float[Array, "slots rows heads head_dim"], keys: Float[Array, "slots rows kv_heads head_dim"]
@@ -190,10 +227,10 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "slots rows dim"],
         rope: tuple[Array, Array],
-        pool: KvPool,
+        pool: KvPool | SparsePool,
         place: Place,
         per_layer: Float[Array, "slots rows width"] | None = None,
-    ) -> tuple[Float[Array, "slots rows dim"], KvPool, tuple[Array, Array | None]]:
+    ) -> tuple[Float[Array, "slots rows dim"], KvPool | SparsePool, tuple[Array, Array | None]]:
         mixed, pool, unrotated = self.attention(self.attention_norm(x), rope, pool, place)
         x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
         x = x + self.feed_forward(x)
@@ -244,7 +281,11 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         per_layer = None if self.per_layer is None else self.per_layer(tokens, x)
         tables = {}
-        new_pools, features = list(pools), {}
+        means = dict(place.sparse.means) if place.sparse else {}
+        at_hand: list[KvPool | SparsePool] = [
+            SparsePool(*pool, means[index]) if index in means else pool for index, pool in enumerate(pools)
+        ]
+        features = {}
         taken: dict[int | None, QueriesKeys] = {}
         for index, layer in enumerate(self.config.layers[:num_layers]):
             key = (layer.rope, layer.head_dim)
@@ -252,7 +293,7 @@ class Decoder(nnx.Module):
                 tables[key] = rope_tables(*key, place.positions)
             source = index if layer.kv_source is None else layer.kv_source
             own = None if per_layer is None else per_layer[:, :, index]
-            x, new_pools[source], (q, k) = self.layers[index](x, tables[key], new_pools[source], place, own)
+            x, at_hand[source], (q, k) = self.layers[index](x, tables[key], at_hand[source], place, own)
             taken[index] = (q, taken[source][1] if k is None else k)
             if index in capture:
                 features[index] = x
@@ -261,7 +302,9 @@ class Decoder(nnx.Module):
             q, k, _ = layer.attention.project(layer.attention_norm(x))
             taken[num_layers] = (q, taken[self.config.layers[num_layers].kv_source][1] if k is None else k)
         joined = jnp.concatenate([features[index] for index in capture], axis=-1) if capture else None
-        return Pass(x, tuple(new_pools), joined, tuple(taken[index] for index in unrotated))
+        new_pools = tuple((pool[0], pool[1]) for pool in at_hand)
+        means = {index: pool.means for index, pool in enumerate(at_hand) if isinstance(pool, SparsePool)}
+        return Pass(x, new_pools, joined, tuple(taken[index] for index in unrotated), means)
 
     def logits(self, hidden: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
         """Final norm, head, softcap; f32. `hidden` is the residual stream after the last layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,15 @@ KvPool = tuple[Float[Array, "_tokens _kv_heads _head_dim"], Float[Array, "_token
 
 Layers differ in pages and heads, and K may be narrower than V (the underscores tell jaxtyping so).
 """
+
+
+class SparsePool(NamedTuple):
+    """A layer's pool while prompts are read sparsely: with the mean key of each block of the sequences at hand."""
+
+    keys: Float[Array, "_tokens _kv_heads _key_width"]
+    values: Float[Array, "_tokens _kv_heads _head_dim"]
+    means: Float[Array, "_slots _blocks _kv_heads _width"]
+
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,

@@ -216,7 +216,8 @@ def _select_kernel(
             token = first + index * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
             seen = (first_key <= token) & (token <= last)
             scores = jnp.where(seen, scores * scale, _LOWEST)
-            new_highest = jnp.maximum(highest, jnp.max(scores))
+            # One axis at a time: jax 0.11 fails to lower a maximum over two inside a mesh.
+            new_highest = jnp.maximum(highest, jnp.max(jnp.max(scores, axis=0), axis=0))
             part = jnp.sum(jnp.where(seen, jnp.exp(scores - new_highest), 0.0), axis=0)
             return new_highest, mass * jnp.exp(highest - new_highest) + part
 

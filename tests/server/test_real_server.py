@@ -35,6 +35,8 @@ def base_url(default_model: Path) -> Iterator[str]:
         str(port),
         "--context-length",
         "4096",
+        "--pflash=auto",
+        "--bsa=on",
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
