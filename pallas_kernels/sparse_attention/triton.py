@@ -43,6 +43,7 @@ _LOWEST = -1e30
 """Stands for minus infinity: a difference of two of them is a number."""
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "rule", "key_dim", "interpret"))
 def select_blocks(
     queries: Float[Array, "B T H Q"],
     means: Float[Array, "B N kv_heads Q"],
@@ -106,6 +107,7 @@ def select_blocks(
     return Selection(indices[..., :num_blocks], counts[..., 0])
 
 
+@functools.partial(jax.jit, static_argnames=("page_size", "scale", "block_size", "compact", "interpret"))
 def attend_blocks(
     queries: Float[Array, "B T H Q"],
     key_pool: Float[Array, "tokens kv_heads K"],

@@ -101,7 +101,7 @@ def test_an_engine_prunes_turn_after_turn_and_compiles_nothing_late(
 
 
 def test_a_fact_in_a_long_conversation_is_found(default_model: Path) -> None:
-    needle = NEEDLES[1]
+    needle = NEEDLES[0]
     chat = conversation(20_000, needle, depth=0.4, offset=70_000)
     with contextlib.closing(
         Engine.load(default_model, pflash="on", dflash="off", keep_ratio=0.1, max_sessions=1, bsa=True)
