@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from dflash_jax.speculate.penalties import Penalties
 from dflash_jax.speculate.sampling import Extras
 
 _LEAST_LOGPROB = -9999.0
-"""What OpenAI says for a probability of zero; JSON has no infinities."""
+"""What OpenAI says for a probability of zero; JSON has no infinities and no NaN, which broken weights give."""
 
 
 def extras_of(sampling: Sampling, prompt_ids: np.ndarray, vocabulary: int) -> Extras:
@@ -45,6 +46,10 @@ def with_answer(extras: Extras, generated: Sequence[int]) -> Extras:
     return dataclasses.replace(extras, penalties=dataclasses.replace(extras.penalties, counts=counts))
 
 
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB) if math.isfinite(logprob) else _LEAST_LOGPROB
+
+
 class LogprobStream:
     """Log-probabilities of an answer's tokens, told of together with their text.
 
@@ -59,7 +64,7 @@ class LogprobStream:
         """One token of a visit, read back to the host; it begins at this character of the answer."""
         ids, values = (np.asarray(part)[0, row, : 1 + self._top].tolist() for part in (logprobs.ids, logprobs.values))
         own, *others = (
-            Candidate(id, self._tokenizer.token_bytes(id), max(value, _LEAST_LOGPROB))
+            Candidate(id, self._tokenizer.token_bytes(id), _finite(value))
             for id, value in zip(ids, values, strict=True)
         )
         self._waiting.append(TokenLogprobs(own, tuple(others), place))

@@ -55,6 +55,20 @@ def _check_token_id(key: str) -> str:
 
 _TokenId = Annotated[str, pydantic.AfterValidator(_check_token_id)]
 
+
+def _refuse_token_ids(prompt: Any) -> Any:
+    ids = prompt[0] if isinstance(prompt, list) and prompt and isinstance(prompt[0], list) else prompt
+    if isinstance(ids, list) and any(isinstance(id, int) and not isinstance(id, bool) for id in ids):
+        raise pydantic_core.PydanticCustomError("token_ids", "token ids are not supported, send the prompt as a string")
+    return prompt
+
+
+def _check_choice(choice: Any) -> Any:
+    if not isinstance(choice, str | dict | None):
+        raise pydantic_core.PydanticCustomError("choice", "input should be a string or an object")
+    return choice
+
+
 _TemplateValue = bool | int | float | Annotated[str, Field(max_length=MAX_SESSION_CHARACTERS)] | None
 
 
@@ -150,7 +164,7 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Annotated[str | dict[str, Any] | None, pydantic.BeforeValidator(_check_choice)] = None
     chat_template_kwargs: Annotated[dict[str, _TemplateValue], Field(max_length=MAX_TEMPLATE_VARIABLES)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -184,7 +198,9 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """The body of /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: Annotated[
+        str | Annotated[list[str], Field(min_length=1, max_length=1)], pydantic.BeforeValidator(_refuse_token_ids)
+    ]
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
@@ -239,7 +255,7 @@ def _field_error(error: pydantic.ValidationError) -> ApiError:
     first = min(error.errors(include_url=False), key=lambda each: (each["type"].endswith("_type"), -len(each["loc"])))
     # Behind the field's name stand indices of lists, but also the names of the alternatives of a union.
     field = str(first["loc"][0]) + "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
-    given = "" if first["type"] in ("missing", "too_long") else f", not {_short(first['input'])}"
+    given = "" if first["type"] in ("missing", "too_long", "token_ids") else f", not {_short(first['input'])}"
     return ApiError(400, f"{field}: {first['msg'].lower()}{given}", param=field)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from dflash_jax.engine.engine import Engine
+from dflash_jax.engine.extras import LogprobStream
 from dflash_jax.engine.request import RANGES, RequestError, Result
 from dflash_jax.engine.target import Target
-from dflash_jax.speculate.logprobs import TOP
+from dflash_jax.speculate.logprobs import TOP, Logprobs
 from tests.tiny import ScriptedDrafter, tiny_drafter, tiny_model, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "Say something."}]
@@ -141,6 +142,16 @@ def test_logprobs_are_of_the_text_that_is_shown(drafting: Engine) -> None:
     for answer in (whole, cut):
         shown = b"".join(entry.token.token_bytes for entry in answer.logprobs if entry.token.token_id < 256)
         assert shown.decode("utf-8", "replace").startswith(answer.text)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logprobs_that_json_has_not_are_the_least(value: float) -> None:
+    values: Any = np.full((1, 1, 3), value, np.float32)
+    ids: Any = np.arange(3).reshape(1, 1, 3)
+    stream = LogprobStream(tiny_tokenizer(), 2)
+    stream.add(0, Logprobs(ids, values), 0)
+    (entry,) = stream.rest()
+    assert [one.logprob for one in (entry.token, *entry.top)] == [-9999.0] * 3
 
 
 def test_a_stop_token_has_no_logprob(plain: Engine) -> None:

@@ -177,6 +177,19 @@ def test_a_text_completion_takes_one_text(server, prompt):
     assert error["param"].split("[")[0] == "prompt"
 
 
+@pytest.mark.parametrize("prompt", [[1, 2], [1], [[1, 2]], [[1], [2]]])
+def test_token_ids_are_not_taken_for_a_text(server, prompt):
+    error = _error(server.http.post("/v1/completions", json={"prompt": prompt}))
+    assert error["message"] == "prompt: token ids are not supported, send the prompt as a string"
+
+
+@pytest.mark.parametrize(("choice", "given"), [(5, "5"), (True, "True"), ([], "a list of 0")])
+def test_a_tool_choice_is_a_string_or_an_object(server, choice, given):
+    body = {"messages": [{"role": "user", "content": "a"}], "tool_choice": choice}
+    error = _error(server.http.post(CHAT, json=body))
+    assert error["message"] == f"tool_choice: input should be a string or an object, not {given}"
+
+
 def test_a_text_completion_takes_a_list_of_one_text(server):
     answer = server.http.post("/v1/completions", json={"prompt": ["one two"]})
     assert answer.json()["usage"]["prompt_tokens"] == 2

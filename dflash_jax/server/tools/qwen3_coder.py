@@ -27,6 +27,16 @@ _END_PARAMETER = re.compile(r"</parameter>(?=\s*(?:<parameter=|</function>))")
 _END_FUNCTION = re.compile(r"\s*</function>\s*")
 _CONSTANTS = {"True": "true", "False": "false", "None": "null"}
 """What these models' templates write for JSON's own."""
+_KIND_OF: Mapping[type, str] = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    dict: "object",
+    list: "array",
+    type(None): "null",
+}
+"""What a schema calls the type of a value."""
 
 
 def parser(prompt_end: str = "", tools: Tools | None = None) -> Parser:
@@ -100,11 +110,18 @@ def _typed(text: str, schema: Any) -> Any:
 
 
 def _kinds(schema: Any) -> Iterable[str]:
-    """The types that a schema names, also in its alternatives; one that stands elsewhere is taken for an object."""
+    """The types that a schema names, also in its alternatives; one that stands elsewhere is taken for an object.
+
+    A schema without a type has those of the values that it lists.
+    """
     if not isinstance(schema, Mapping):
         return
     named = schema.get("type")
-    yield from [named] if isinstance(named, str) else named if isinstance(named, list) else []
+    if named is None:
+        listed = schema.get("enum")
+        values = [*(listed if isinstance(listed, list) else []), *([schema["const"]] if "const" in schema else [])]
+        named = [_KIND_OF[type(value)] for value in values if type(value) in _KIND_OF]
+    yield from (kind for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str))
     for alternatives in (schema.get("anyOf"), schema.get("oneOf")):
         for alternative in alternatives if isinstance(alternatives, list) else []:
             yield from _kinds(alternative)

@@ -259,6 +259,15 @@ def test_qwen_3_coder_thinks_speaks_and_calls(as_tokens: bool) -> None:
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "null", None),
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "7", 7),
         ({"anyOf": 3, "type": 4}, "7", "7"),
+        ({"type": [{"x": 1}, ["integer"]]}, "7", "7"),
+        ({"type": [{"x": 1}, "integer"]}, "7", 7),
+        ({"enum": [1, 2]}, "2", 2),
+        ({"enum": [1, "2"]}, "2", "2"),
+        ({"enum": [True, None]}, "None", None),
+        ({"enum": 3}, "2", "2"),
+        ({"const": 2.5}, "2.5", 2.5),
+        ({"const": {"x": 1}}, '{"x": 1}', {"x": 1}),
+        ({"anyOf": [{"const": "5"}, {"const": None}]}, "5", "5"),
     ],
 )
 def test_the_schema_tells_the_type_of_a_value(schema: object, written: str, value: object) -> None:
