@@ -48,8 +48,8 @@ def default_model(progress: Progress | None = None, weights: str | None = None) 
 def default_drafter(progress: Progress | None = None, weights: str | None = None) -> Path:
     """The default model's drafter, converted; made on first use like the model itself. Raises CheckpointError."""
     weights = weights or default_weights()
-    digest = hashlib.sha256((DRAFTER / "model.safetensors.index.json").read_bytes())
-    for file in sorted(DRAFTER.glob("*.safetensors")):
+    digest = hashlib.sha256()
+    for file in sorted((*DRAFTER.glob("*.json"), *DRAFTER.glob("*.safetensors"))):
         digest.update(file.read_bytes())
     return _converted(
         f"{NAME}-drafter-{digest.hexdigest()[:8]}-{weights}", lambda: DRAFTER, weights, "drafter", progress

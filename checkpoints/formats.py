@@ -73,7 +73,8 @@ def _by_rows(values: Any) -> Weight:
 
 def _by_groups(name: str, values: Any, group_size: int) -> Weight:
     weight = quantise_w4(values, group_size)
-    if np.any(np.abs(weight.scales) == LARGEST_SCALE):
+    # Of what is not finite the reader has told.
+    if np.any(np.abs(weight.scales) == LARGEST_SCALE) and np.isfinite([values.min(), values.max()]).all():
         warnings.warn(
             f"{name} has weights beyond {8 * LARGEST_SCALE:.0f}, which w4 cuts off: convert to w8 or bf16",
             CheckpointWarning,

@@ -106,8 +106,8 @@ def _config(path: Path, described: dict[str, Any]) -> ModelConfig | DrafterConfi
         config = from_hf(described)
         generation = path / "generation_config.json"
         more = _json(generation) if generation.exists() else {}
-        stops = dict.fromkeys([*config.stop_ids, *token_ids(more.get("eos_token_id"))])
-        never = dict.fromkeys([*config.suppressed_ids, *token_ids(more.get("suppress_tokens"))])
+        stops = dict.fromkeys([*config.stop_ids, *token_ids(more, "eos_token_id", generation.name)])
+        never = dict.fromkeys([*config.suppressed_ids, *token_ids(more, "suppress_tokens", generation.name)])
         return dataclasses.replace(config, stop_ids=tuple(stops), suppressed_ids=tuple(never))
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error

@@ -146,7 +146,9 @@ class Engine:
 
         Raises CheckpointError, ConfigError or TokenizerError with a line that says what to do.
         """
-        return Engine(load_model(path, drafter=drafter, scorer=scorer, progress=progress), **options)
+        drafts = options.get("dflash") != "off"
+        model = load_model(path, drafter=drafter, scorer=scorer, progress=progress, with_drafter=drafts)
+        return Engine(model, **options)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles (or fetches from the cache) every program and measures the steps.

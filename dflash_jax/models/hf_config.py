@@ -7,6 +7,7 @@ those of its transformers class.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,8 +67,9 @@ def from_hf(config: Fields) -> ModelConfig:
         )
     text = config.get("text_config")
     fields = {**config, **text, "model_type": config["model_type"]} if isinstance(text, Mapping) else dict(config)
-    stops = dict.fromkeys([*token_ids(config.get("eos_token_id")), *token_ids(fields.get("eos_token_id"))])
-    return _READERS[family]({**fields, "eos_token_id": list(stops) or None}, f"config.json of family {family}")
+    where = f"config.json of family {family}"
+    stops = dict.fromkeys([*token_ids(config, "eos_token_id", where), *token_ids(fields, "eos_token_id", where)])
+    return _READERS[family]({**fields, "eos_token_id": list(stops) or None}, where)
 
 
 def _llama(fields: Fields, where: str) -> ModelConfig:
@@ -106,7 +108,7 @@ def _gemma3(fields: Fields, where: str) -> ModelConfig:
     scale = float(fields["query_pre_attn_scalar"]) ** -0.5
     ropes = fields.get("rope_parameters") or {}
     full = {"rope_theta": fields.get("rope_theta"), **(fields.get("rope_scaling") or {})}
-    local = {"rope_theta": fields.get("rope_local_base_freq")}
+    local = {"rope_theta": _number(fields, "rope_local_base_freq", where, _LOCAL_THETA)}
     full_rope = _rope(ropes.get("full_attention") or full, where, theta=_GLOBAL_THETA)
     local_rope = _rope(ropes.get("sliding_attention") or local, where, theta=_LOCAL_THETA)
     base = dataclasses.replace(_layer(fields, where, rope=full_rope), attention_scale=scale)
@@ -136,7 +138,7 @@ def _gemma4(fields: Fields, where: str) -> ModelConfig:
         names = ("num_experts", "top_k_experts", "moe_intermediate_size")
         experts = ExpertsConfig(*(_count(fields, name, where) for name in names))
     per_layer = _optional_count(fields, "hidden_size_per_layer_input", where, 0, least=0)
-    stops = dict.fromkeys([*token_ids(fields.get("eos_token_id")), *_GEMMA4_STOPS])
+    stops = dict.fromkeys([*token_ids(fields, "eos_token_id", where), *_GEMMA4_STOPS])
     return _model(
         "gemma4",
         {**fields, "eos_token_id": [id for id in stops if id < _count(fields, "vocab_size", where)]},
@@ -148,7 +150,7 @@ def _gemma4(fields: Fields, where: str) -> ModelConfig:
         experts=experts,
         per_layer_width=per_layer,
         per_layer_vocab=_count(fields, "vocab_size_per_layer_input", where) if per_layer else 0,
-        suppressed_ids=token_ids(fields.get("suppress_tokens")),
+        suppressed_ids=token_ids(fields, "suppress_tokens", where),
         **_gemma_switches(fields, where),
     )
 
@@ -235,10 +237,10 @@ def _model(family: str, fields: Fields, where: str, layers: list[LayerConfig], *
         num_heads=_count(fields, "num_attention_heads", where),
         layers=tuple(layers * count if len(layers) == 1 else layers),
         norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
-        context_length=int(fields.get("max_position_embeddings", 2048)),
+        context_length=_optional_count(fields, "max_position_embeddings", where, 2048),
         tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        stop_ids=token_ids(fields.get("eos_token_id")),
-        bos_id=next(iter(token_ids(fields.get("bos_token_id"))), None),
+        stop_ids=token_ids(fields, "eos_token_id", where),
+        bos_id=next(iter(token_ids(fields, "bos_token_id", where)), None),
         **switches,
     )
 
@@ -286,21 +288,31 @@ def _optional_count(fields: Fields, name: str, where: str, default: int, least: 
     return default if fields.get(name) is None else _count(fields, name, where, least)
 
 
-def token_ids(value: Any) -> tuple[int, ...]:
-    """A field that holds one token id, a list of them or nothing."""
-    if value is None:
-        return ()
-    return tuple(int(item) for item in value) if isinstance(value, list | tuple) else (int(value),)
+def token_ids(fields: Fields, name: str, where: str) -> tuple[int, ...]:
+    """A field that holds one token id, a list of them or nothing. Raises ConfigError for anything else."""
+    value = fields.get(name)
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(id, int) and not isinstance(id, bool) for id in ids):
+        raise ConfigError(f"{where}: {name} is {value!r}, expected a token id or a list of them")
+    return ids
+
+
+def _number(fields: Fields, name: str, where: str, default: float) -> float:
+    """A finite number above 0; where it is missing, null or 0, the default."""
+    value = fields.get(name) or default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{where}: {name} is {value!r}, expected a number above 0")
+    return float(value)
 
 
 def _flat_rope(fields: Fields, where: str) -> RopeConfig:
     """Both spellings: flat `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5."""
     parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    return _rope(parameters, where, theta=float(fields.get("rope_theta") or _LOCAL_THETA))
+    return _rope(parameters, where, theta=_number(fields, "rope_theta", where, _LOCAL_THETA))
 
 
 def _rope(parameters: Fields, where: str, *, theta: float, head_dim: int = 0) -> RopeConfig:
-    theta = float(parameters.get("rope_theta") or theta)
+    theta = _number(parameters, "rope_theta", where, theta)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     try:
         if kind == "default":

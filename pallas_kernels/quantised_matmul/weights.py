@@ -58,14 +58,20 @@ def _namespace(weight: Any) -> Any:
     return np if isinstance(weight, np.ndarray) else jnp
 
 
+def _no_warnings() -> np.errstate:
+    """numpy's own, of weights that are not finite: who reads the file tells of them. Each thread needs its own."""
+    return np.errstate(invalid="ignore", over="ignore")
+
+
 def quantise_w8(weight: Float[Array, "N K"]) -> W8:
     """Rounds every row to 127 steps on either side of zero. numpy in, numpy out; jax in, jax out."""
     xp = _namespace(weight)
     wide = weight.astype(xp.float32)
-    scales = xp.max(xp.abs(wide), axis=1) / xp.float32(127)
-    steps = xp.where(scales == 0, xp.float32(1), scales)
-    values = xp.clip(xp.round(wide / steps[:, None]), -127, 127)
-    return W8(values=values.astype(xp.int8), scales=scales)
+    with _no_warnings():
+        scales = xp.max(xp.abs(wide), axis=1) / xp.float32(127)
+        steps = xp.where(scales == 0, xp.float32(1), scales)
+        values = xp.clip(xp.round(wide / steps[:, None]), -127, 127)
+        return W8(values=values.astype(xp.int8), scales=scales)
 
 
 def quantise_w4(weight: Float[Array, "N K"], group_size: int = 32) -> W4:
@@ -103,7 +109,8 @@ def _quantise_w4_numpy(weight: np.ndarray, group_size: int) -> tuple[Any, Any]:
 
     def quantise(start: int) -> None:
         part = slice(start, start + step)
-        packed[:, part], scales[:, part] = _quantise_w4_rows(weight[part], group_size)
+        with _no_warnings():
+            packed[:, part], scales[:, part] = _quantise_w4_rows(weight[part], group_size)
 
     # numpy lets go of the interpreter's lock inside its loops, so threads share the cores.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

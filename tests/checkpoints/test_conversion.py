@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,17 @@ def test_weights_that_w4_cannot_hold_are_told_of() -> None:
     encode("layers.0.mlp.up", Parameter((2, 128), matrix=True), values * 5e5, "w4", 32)
     with pytest.warns(CheckpointWarning, match=r"layers\.0\.mlp\.up has weights beyond 524032, which w4 cuts off"):
         encode("layers.0.mlp.up", Parameter((2, 128), matrix=True), values * 6e5, "w4", 32)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("weights", ["w4", "w8"])
+def test_of_weights_that_are_not_finite_the_reader_alone_tells(weights: str, value: float) -> None:
+    values = np.ones((2, 128), np.float32)
+    values[1, 5] = value
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        encode("layers.0.mlp.up", Parameter((2, 128), matrix=True), values, weights, 32)
+    assert [str(each.message) for each in told] == []
 
 
 class _Rows:

@@ -156,6 +156,14 @@ def test_tokenizer_and_vocabulary(folder: Path, text: str, found: str | None) ->
         assert found in refusal(folder)
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_token_ids_that_are_none_are_named(folder: Path, file: str) -> None:
+    described = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps({**described, "eos_token_id": "a"}))
+    with pytest.raises(CheckpointError, match=f"{file}.*: eos_token_id is 'a', expected a token id"):
+        read_folder(folder)
+
+
 def test_tensor_without_a_place(folder: Path) -> None:
     tensors = {**load_file(folder / "model.safetensors"), "model.surprise.weight": np.ones(3, np.float32)}
     save_file(tensors, folder / "model.safetensors")

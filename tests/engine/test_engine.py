@@ -6,11 +6,13 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import checkpoints
 from dflash_jax.engine import self_check
 from dflash_jax.engine.engine import Engine
 from dflash_jax.engine.programs import Programs
@@ -379,6 +381,17 @@ def test_a_scorer_of_its_own(make: Callable[..., Engine]) -> None:
     stats = [collector.finish().stats for collector in collectors]
     assert all(s.pflash is not None and s.pflash.kept_tokens < s.prompt_tokens for s in stats)
     assert collectors[0].ids == collectors[1].ids
+
+
+def test_without_dflash_the_default_drafter_is_not_loaded(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(progress: object) -> Path:
+        raise AssertionError("asked for the drafter")
+
+    monkeypatch.setattr(checkpoints, "default_model", lambda progress: goldens / "qwen3")
+    monkeypatch.setattr(checkpoints, "default_drafter", refuse)
+    Engine.load(dflash="off", pflash="off").close()
+    with pytest.raises(AssertionError, match="asked for the drafter"):
+        Engine.load(dflash="auto", pflash="off")
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5])
