@@ -24,8 +24,6 @@ def write_drafter(out: Path, config: DrafterConfig, parameters: Mapping[str, np.
     `parameters` go by the names of `models.parameters.drafter_parameters`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("model*.safetensors"), out / "model.safetensors.index.json"):
-        old.unlink(missing_ok=True)
     files: list[dict[str, np.ndarray]] = [{}]
     used = 0
     for ours, value in parameters.items():
@@ -38,8 +36,12 @@ def write_drafter(out: Path, config: DrafterConfig, parameters: Mapping[str, np.
     weight_map = {}
     for number, tensors in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_file(tensors, out / name, metadata={"format": "pt"})
+        save_file(tensors, out / f"{name}.new", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
+    for old in set(out.glob("model*.safetensors")) - {out / name for name in weight_map.values()}:
+        old.unlink()
+    for name in set(weight_map.values()):
+        (out / f"{name}.new").replace(out / name)
     total = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

@@ -335,7 +335,9 @@ def train_drafter(
             start=start,
             progress=progress,
         )
-    click.echo(f"accept length on held-out samples: {report['held_out_accept_length']} ({report['steps']} steps)")
+    length = report["held_out_accept_length"]
+    told = "too few samples to hold some out" if length is None else f"accept length on held-out samples: {length}"
+    click.echo(f"{told} ({report['steps']} steps)")
     click.echo(f"{out} is ready: dflash-jax serve {model} --drafter {out}")
 
 

@@ -15,6 +15,7 @@ from dflash_jax.engine.request import RequestError
 from dflash_jax.engine.template import ChatTemplate
 from dflash_jax.engine.tokenizer import Tokenizer
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _CUT = "\ufdd1"
 """Stands where a rendered conversation is cut; a noncharacter, which no template touches."""
 
@@ -78,7 +79,9 @@ def _opening(line: str) -> Opening | None:
         messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        usable = all(isinstance(message["content"], str) and message["content"].strip() for message in messages)
+        usable = all(message["role"] in _ROLES for message in messages) and all(
+            isinstance(message["content"], str) and message["content"].strip() for message in messages
+        )
         if usable and messages and messages[-1]["role"] == "user":
             return Opening(tuple(messages), whole=True)
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -101,6 +104,8 @@ def joints(template: ChatTemplate, tokenizer: Tokenizer) -> Joints:
     turns = [{"role": role, "content": f"a{_CUT}"} for role in ("user", "assistant")]
     again = {"role": "user", "content": f"{_CUT}a{_CUT}"}
     parts = template.render([*turns, again]).split(_CUT)
+    if len(parts) != 5:
+        raise RequestError("the model's chat template does not show all turns of a conversation")
     return Joints(tokenizer.encode(parts[4]), tokenizer.encode(parts[2]))
 
 
@@ -109,3 +114,28 @@ def opening_ids(opening: Opening, template: ChatTemplate, tokenizer: Tokenizer) 
     last = opening.messages[-1]
     messages: Sequence[dict[str, Any]] = [*opening.messages[:-1], {**last, "content": f"{last['content']}{_CUT}"}]
     return tokenizer.encode(template.render(messages, add_generation_prompt=False).split(_CUT)[0])
+
+
+class Rendered:
+    """Openings with their token ids, without end, in random order.
+
+    Those that the template refuses are left out and counted in `skipped`. Raises RequestError when it refuses all.
+    """
+
+    def __init__(self, openings: Openings, template: ChatTemplate, tokenizer: Tokenizer, seed: int) -> None:
+        self.skipped = openings.skipped
+        self._openings = openings.forever(np.random.default_rng(seed))
+        self._patience = len(openings.found)
+        self._template, self._tokenizer = template, tokenizer
+
+    def __iter__(self) -> Rendered:
+        return self
+
+    def __next__(self) -> tuple[Opening, np.ndarray]:
+        for _ in range(self._patience):
+            opening = next(self._openings)
+            try:
+                return opening, opening_ids(opening, self._template, self._tokenizer)
+            except RequestError as error:
+                self.skipped, refused = self.skipped + 1, error
+        raise RequestError(f"the chat template refuses all prompts: {refused}")

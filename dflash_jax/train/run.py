@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,10 +24,10 @@ from checkpoints.hf_writer import write_drafter
 from dflash_jax.console import Note, Progress
 from dflash_jax.engine.loading import Model, load_model
 from dflash_jax.engine.request import RequestError
-from dflash_jax.models.config import DrafterConfig
+from dflash_jax.models.config import DrafterConfig, ModelConfig
 from dflash_jax.models.parameters import drafter_parameters
 from dflash_jax.train.learner import Learner, State
-from dflash_jax.train.openings import Opening, joints, opening_ids, own_openings, read_openings
+from dflash_jax.train.openings import Rendered, joints, own_openings, read_openings
 from dflash_jax.train.recipe import Recipe
 from dflash_jax.train.samples import LENGTHS, Batch, Samples
 from dflash_jax.train.writing import Writer
@@ -37,6 +38,10 @@ _LEAST_RATE = 0.02
 _HELD_OUT = 256
 _LOG_STEPS = 50
 _SAVE_SECONDS = 120
+_PART_TOKENS = 1_000_000
+"""Conversations are stored whenever so many tokens are written."""
+_TARGET = Path("training") / "target.json"
+"""Tells that a folder is a run's, and of what target."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +76,44 @@ def run(
     `samples` are those of another run; without them the target writes `tokens` tokens of conversations first, from the
     prompts in `data` or from its own questions. `start` is a drafter to begin with instead of a random one.
     """
+    if start is not None and start.resolve() == out.resolve():
+        raise RequestError(f"--start {start} is the folder that is written: choose another one for the new drafter")
+    _check_free(out)
     loaded = load_model(model, progress=progress, with_drafter=False)
     if loaded.tokenizer is None or loaded.template.source is None:
         raise RequestError("train-drafter needs a model with a tokenizer and a chat template")
-    out.mkdir(parents=True, exist_ok=True)
-    learnt_from = _samples(loaded, out, data, samples, tokens, slots, room, seed, progress)
     config = recipe.config_for(loaded.target.config, mask_id(loaded))
+    parameters = _parameters(start, config) if start else None
+    _claim(out, loaded.target.config)
+    learnt_from = _samples(loaded, out, data, samples, tokens, slots, room, seed, progress)
     learner = Learner(loaded.target, config, recipe)
-    first = learner.start(seed, _parameters(start, config) if start else None)
+    first = learner.start(seed, parameters)
     report = _Run(learner, config, learnt_from, out, length, seed, progress).go(first)
     (out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _check_free(out: Path) -> None:
+    """Raises RequestError for a folder that holds anything but a run: what lies there would be lost."""
+    if out.exists() and not (out / _TARGET).exists() and any(out.iterdir()):
+        raise RequestError(f"{out} holds other files: choose a new folder")
+
+
+def _claim(out: Path, target: ModelConfig) -> None:
+    """Makes the folder a run's. Raises RequestError when it is that of another target."""
+    facts = {"vocabulary": target.vocab_size, "hidden_size": target.hidden_size, "layers": target.num_layers}
+    note = out / _TARGET
+    if note.exists() and _read_json(note) != facts:
+        raise RequestError(f"{out} has a run for another model: choose a new folder")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RequestError(f"{file} is damaged: {error}; choose a new folder") from error
 
 
 class _Run:
@@ -144,16 +176,16 @@ class _Run:
             "steps": int(state.step),
             "seconds": round(spent, 1),
             "tokens_per_second": round(seen / max(learning, 1e-9)),
-            "held_out_accept_length": round(self.evaluate(state), 3),
+            "held_out_accept_length": self.evaluate(state),
         }
 
-    def evaluate(self, state: State) -> float:
-        """Mean tokens that a block would commit on samples that were held out."""
+    def evaluate(self, state: State) -> float | None:
+        """Mean tokens that a block would commit on samples that were held out; None when there are too few."""
         generator, committed, live = np.random.default_rng(0), 0, 0
         for number, batch in enumerate(self._held_out.batches(generator, self._batch_tokens, self._learner.devices)):
             sums = self._learner.evaluate(state.parameters, batch, jax.random.key(number))
             committed, live = committed + int(sums[0]), live + int(sums[1])
-        return committed / live if live else 0.0
+        return round(committed / live, 3) if live else None
 
     def _batches(self, step: int) -> Iterator[Batch]:
         epoch = 0
@@ -193,7 +225,7 @@ class _Store:
         """
         if not self._note.exists():
             return fresh, 0.0
-        note = json.loads(self._note.read_text(encoding="utf-8"))
+        note = _read_json(self._note)
         shapes = ("layers", "features", "path_rank", "optimiser")
         differs = [name for name in shapes if note["recipe"].get(name) != self._recipe[name]]
         if differs:
@@ -214,7 +246,7 @@ class _Store:
         fresh.replace(self._note)
         for old in self._folder.glob("step-*"):
             if old.name != name:
-                _remove(old)
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _parameters(path: Path, config: DrafterConfig) -> dict[str, Any]:
@@ -240,29 +272,35 @@ def _samples(
     seed: int,
     progress: Progress,
 ) -> Samples:
+    if given:
+        return Samples.join([_load(file, loaded.target.config.vocab_size) for file in given])
     stored = out / "samples.npz"
-    if files := list(given) or [file for file in (stored,) if file.exists()]:
-        samples = Samples.join([_load(file, loaded.target.config.vocab_size) for file in files])
+    samples = _load(stored, loaded.target.config.vocab_size) if stored.exists() else Samples.of([])
+    if len(samples):
         progress(Note(f"{len(samples):,} conversations, {len(samples.tokens):,} tokens, are there"), 0, 0)
+    if len(samples.tokens) >= tokens:
         return samples
     openings = read_openings(data) if data is not None else own_openings()
     assert loaded.tokenizer is not None
-    tokenizer, template = loaded.tokenizer, loaded.template
-
-    def with_ids() -> Iterator[tuple[Opening, np.ndarray]]:
-        for opening in openings.forever(np.random.default_rng(seed)):
-            yield opening, opening_ids(opening, template, tokenizer)
-
     room = min(room, loaded.target.config.context_length)
-    writer = Writer(loaded.target, joints(template, tokenizer), slots=slots, room=room, seed=seed)
-    written = writer.write(
-        with_ids(), tokens=tokens, progress=lambda done: progress("the target writes conversations", done, tokens)
-    )
-    skipped = openings.skipped + written.skipped
-    note = f"{len(written.samples.tokens):,} tokens at {written.tokens_per_second:,.0f} tokens/s"
-    progress(Note(f"{note}{f', {skipped} prompts skipped' if skipped else ''}"), 0, 0)
-    written.samples.save(stored)
-    return written.samples
+    # A run that goes on must not write the same again.
+    seed += len(samples)
+    between = joints(loaded.template, loaded.tokenizer)
+    writer = Writer(loaded.target, between, slots=slots, room=room, seed=seed)
+    source = Rendered(openings, loaded.template, loaded.tokenizer, seed)
+    while (have := len(samples.tokens)) < tokens:
+        part = min(_PART_TOKENS, tokens - have)
+        written = writer.write(
+            source, tokens=part, progress=lambda done: progress("the target writes conversations", have + done, tokens)
+        )
+        samples = Samples.join([samples, written.samples])
+        samples.save(stored)
+        note = f"{len(samples.tokens):,} tokens, the last {part:,} at {written.tokens_per_second:,.0f} tokens/s"
+        progress(Note(note), 0, 0)
+        source.skipped += written.skipped
+    if source.skipped:
+        progress(Note(f"{source.skipped} prompts skipped"), 0, 0)
+    return samples
 
 
 def _load(file: Path, vocabulary: int) -> Samples:
@@ -305,9 +343,3 @@ def _schedule(done: float) -> float:
 
 def _fields(state: State) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,9 +44,9 @@ class Samples:
     def load(file: Path) -> Samples:
         """What `save` wrote. Raises ValueError when the file holds something else."""
         try:
-            with np.load(file) as stored:
+            with file.open("rb") as stream, np.load(stream) as stored:
                 tokens, answers, starts = stored["tokens"], stored["answers"], stored["starts"]
-        except (KeyError, ValueError, EOFError) as error:
+        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{file} holds no samples of train-drafter: {error}") from error
         return Samples(tokens.astype(np.int32), np.unpackbits(answers)[: len(tokens)].astype(np.bool_), starts)
 
@@ -53,7 +54,10 @@ class Samples:
         """Writes an .npz; ids take two bytes where they fit."""
         small = self.tokens.max(initial=0) < 1 << 16
         tokens = self.tokens.astype(np.uint16) if small else self.tokens
-        np.savez_compressed(file, tokens=tokens, answers=np.packbits(self.answers), starts=self.starts)
+        fresh = file.with_suffix(".new")
+        with fresh.open("wb") as stream:
+            np.savez_compressed(stream, tokens=tokens, answers=np.packbits(self.answers), starts=self.starts)
+        fresh.replace(file)
 
     def __len__(self) -> int:
         return len(self.starts) - 1

@@ -38,9 +38,7 @@ _LOWEST = -1e30
 """Stands for minus infinity: a difference of two of them is a number."""
 
 
-@functools.partial(
-    jax.jit, static_argnames=("page_size", "scale", "window", "causal", "ring", "compact", "interpret")
-)
+@functools.partial(jax.jit, static_argnames=("page_size", "scale", "window", "causal", "ring", "compact", "interpret"))
 def block_attention(
     queries: Float[Array, "B T H Q"],
     key_pool: Float[Array, "tokens kv_heads K"],

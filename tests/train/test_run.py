@@ -118,15 +118,47 @@ def test_a_run_begins_with_another_drafter(model_folder, tmp_path):
     assert "choose another folder" in other.output
 
 
+def refusal(*arguments):
+    result = CliRunner().invoke(main, ["train-drafter", *map(str, arguments)])
+    assert result.exit_code == 1, result.output
+    return result.output
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(model_folder, tmp_path):
+    before = {file.name: file.read_bytes() for file in model_folder.iterdir()}
+    assert "holds other files" in refusal(model_folder, model_folder, *OPTIONS)
+    assert {file.name: file.read_bytes() for file in model_folder.iterdir()} == before
+    out = tmp_path / "out"
+    (out / "training").mkdir(parents=True)
+    (out / "training" / "target.json").write_text('{"vocabulary": 7}', encoding="utf-8")
+    assert "for another model" in refusal(model_folder, out, *OPTIONS)
+    (out / "training" / "target.json").write_text("{", encoding="utf-8")
+    assert "damaged" in refusal(model_folder, out, *OPTIONS)
+    assert "is the folder that is written" in refusal(model_folder, out, *OPTIONS, "--start", out)
+
+
+def test_prompts_that_the_template_refuses_are_skipped(model_folder, tmp_path):
+    strict = tmp_path / "strict"
+    shutil.copytree(model_folder, strict)
+    alternate = "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(alternate + TEMPLATE, encoding="utf-8")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "good"}\n{"prompt": "bad"}\n{broken\n', encoding="utf-8")
+    output = train(strict, tmp_path / "out", *OPTIONS, "--tokens", 300, "--steps", 1, "--data", data)
+    assert "prompts skipped" in output
+    data.write_text('{"prompt": "bad"}\n', encoding="utf-8")
+    assert "refuses all prompts" in refusal(strict, tmp_path / "none", *OPTIONS, "--data", data)
+
+
 def test_samples_of_something_else_are_refused(model_folder, tmp_path):
     other, strange = tmp_path / "other.npz", tmp_path / "strange.npz"
     np.savez(other, a=np.ones(3))
     Samples.of([([1, 2, 70_000], [False, True, True])]).save(strange)
-    for file, reason in ((other, "holds no samples"), (strange, "whose vocabulary is 300")):
-        arguments = ("train-drafter", model_folder, tmp_path / "out", "--samples", file)
-        result = CliRunner().invoke(main, [*map(str, arguments)])
-        assert result.exit_code == 1
-        assert reason in result.output
+    text = tmp_path / "text.npz"
+    text.write_text("PK\x03\x04 but no archive", encoding="utf-8")
+    reasons = {other: "holds no samples", strange: "whose vocabulary is 300", text: "holds no samples"}
+    for file, reason in reasons.items():
+        assert reason in refusal(model_folder, tmp_path / "out", "--features", 2, "--samples", file)
 
 
 def test_what_it_learnt_is_accepted():
