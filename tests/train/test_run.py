@@ -140,7 +140,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(model_folder, tmp_path
 def test_prompts_that_the_template_refuses_are_skipped(model_folder, tmp_path):
     strict = tmp_path / "strict"
     shutil.copytree(model_folder, strict)
-    alternate = "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+    alternate = "{% if 'bad' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
     (strict / "chat_template.jinja").write_text(alternate + TEMPLATE, encoding="utf-8")
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "good"}\n{"prompt": "bad"}\n{broken\n', encoding="utf-8")
