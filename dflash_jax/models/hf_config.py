@@ -337,9 +337,18 @@ def _rope(parameters: Fields, where: str, *, theta: float, head_dim: int = 0) ->
 
 
 def default_target_layers(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
-    """Which target layers feed a drafter that does not say so: evenly spread from layer 1 to the last but two."""
+    """Which target layers feed a drafter that does not say so: evenly spread from layer 1 to the last but two.
+
+    Raises ConfigError for a target that has fewer layers between these two.
+    """
     if num_draft_layers == 1:
         return (num_target_layers // 2,)
+    available = max(num_target_layers - 3, 1)
+    if num_draft_layers > available:
+        raise ConfigError(
+            f"a drafter that reads {num_draft_layers} layers of a target of {num_target_layers}: "
+            f"it can read {available} at most"
+        )
     return tuple(
         round(1 + index * (num_target_layers - 4) / (num_draft_layers - 1)) for index in range(num_draft_layers)
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dflash_jax.bench import shapes
 from dflash_jax.models.config import ConfigError, DrafterConfig, ModelConfig, RopeConfig
@@ -191,6 +193,23 @@ def test_a_damaged_record_is_refused(text: str) -> None:
 )
 def test_default_target_layers_are_those_of_published_drafters(num_target_layers: int, layers: tuple[int, ...]) -> None:
     assert default_target_layers(num_target_layers, len(layers)) == layers
+
+
+@pytest.mark.parametrize(("num_target_layers", "layers"), [(1, 2), (3, 2), (4, 2), (7, 5)])
+def test_a_target_with_too_few_layers_for_a_drafter_is_refused(num_target_layers: int, layers: int) -> None:
+    with pytest.raises(ConfigError, match=f"reads {layers} layers of a target of {num_target_layers}"):
+        default_target_layers(num_target_layers, layers)
+
+
+@given(st.integers(1, 200), st.integers(1, 20))
+def test_default_target_layers_are_distinct_layers_of_the_target(num_target_layers: int, count: int) -> None:
+    try:
+        layers = default_target_layers(num_target_layers, count)
+    except ConfigError:
+        assert count > max(num_target_layers - 3, 1)
+        return
+    assert len(set(layers)) == count
+    assert set(layers) <= set(range(num_target_layers))
 
 
 def test_numbers_of_a_published_drafter() -> None:

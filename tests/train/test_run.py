@@ -27,16 +27,18 @@ from dflash_jax.train.samples import Samples
 from dflash_jax.train.writing import Style, Writer
 from tests.tiny import F32, TARGET, TEMPLATE, tiny_model, tiny_tokenizer
 
-RECIPE = Recipe(layers=2, features=2, block_size=8, window=64, path_rank=16, batch_tokens=2048, tokens_per_anchor=8)
+RECIPE = Recipe(layers=2, features=1, block_size=8, window=64, path_rank=16, batch_tokens=2048, tokens_per_anchor=8)
+DEEP = dataclasses.replace(TARGET, layers=TARGET.layers * 2)
+"""Has as many layers as a drafter reads by default."""
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """The tiny target as a Hugging Face folder."""
+    """A tiny target as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("model")
     names = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight"}
     tensors = {}
-    for ours, value in random_target(TARGET).items():
+    for ours, value in random_target(DEEP).items():
         name = names.get(ours) or f"model.{drafter_name(ours)}"
         tensors[name] = np.asarray(value)
     save_file(tensors, folder / "model.safetensors")
@@ -46,7 +48,7 @@ def model_folder(tmp_path_factory):
         "model_type": "llama",
         "hidden_size": TARGET.hidden_size,
         "intermediate_size": layer.mlp_width,
-        "num_hidden_layers": TARGET.num_layers,
+        "num_hidden_layers": DEEP.num_layers,
         "num_attention_heads": TARGET.num_heads,
         "num_key_value_heads": layer.num_kv_heads,
         "head_dim": layer.head_dim,
