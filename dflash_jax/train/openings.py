@@ -125,7 +125,7 @@ class Rendered:
     def __init__(self, openings: Openings, template: ChatTemplate, tokenizer: Tokenizer, seed: int) -> None:
         self.skipped = openings.skipped
         self._openings = openings.forever(np.random.default_rng(seed))
-        self._patience = len(openings.found)
+        self._patience = 2 * len(openings.found)  # any so many in a row have all of them
         self._template, self._tokenizer = template, tokenizer
 
     def __iter__(self) -> Rendered:
