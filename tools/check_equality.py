@@ -204,7 +204,7 @@ def _config(model: Model) -> DrafterConfig:
         rope=layer.rope,
         block_size=_BLOCK,
         mask_id=0,
-        target_layers=default_target_layers(target.num_layers, 2),
+        target_layers=default_target_layers(target.num_layers, 1),
         windows=(None, None),
         causal=(False, False),
         num_target_layers=target.num_layers,

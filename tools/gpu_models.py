@@ -129,7 +129,7 @@ def _random_drafter(model: Model) -> Drafter:
         rope=layer.rope,
         block_size=16,
         mask_id=0,
-        target_layers=default_target_layers(target.num_layers, 3),
+        target_layers=default_target_layers(target.num_layers, 1),
         windows=(None, None),
         causal=(False, False),
         num_target_layers=target.num_layers,
