@@ -25,6 +25,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """Compiled programs are memory maps, of which a process may have 65,530: each module starts without others'."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """The folder with outputs of reference implementations; tools/make_goldens.py writes it."""

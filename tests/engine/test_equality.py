@@ -16,6 +16,8 @@ from dflash_jax.speculate.draw import Drawn, draw
 from tests.tiny import tiny_model
 from tools.check_equality import KINDS, compare
 
+pytestmark = pytest.mark.slow
+
 WINDOW = 128
 
 

@@ -21,6 +21,8 @@ from pallas_kernels.sparse_attention.api import SelectionRule
 from tests.engine.test_rings import LONG, QUESTION, say, windowed, windowed_model
 from tests.tiny import PAGE_SIZE, TINY_PROFILE, tiny_model, tiny_target
 
+pytestmark = pytest.mark.slow
+
 PROMPT = np.random.default_rng(0).integers(0, 256, 301).astype(np.int32)
 RULE = SelectionRule(block_size=PAGE_SIZE)
 EVERYTHING = Sparse(dataclasses.replace(RULE, alpha=0.0), least_tokens=300)

@@ -33,6 +33,8 @@ from dflash_jax.speculate.step import Networks, Pools, Slots
 from tests.speculate.test_sampling import filtered
 from tests.tiny import DRAFTER, F32
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, LONGEST, ROWS, STOP = 6, 4, 4, 5
 PROMPT = (1, 3, 0)
 SLOTS_EACH = 5_000

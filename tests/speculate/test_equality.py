@@ -25,6 +25,8 @@ from dflash_jax.speculate.step import Networks, Pools, Slots
 from tests.tiny import F32, PAGE_SIZE, TARGET, VOCABULARY, tiny_target
 from tools.check_equality import SCRIPTED, script_of
 
+pytestmark = pytest.mark.slow
+
 ROWS = (2, 4, 8, 12, 16)
 LONGEST, PAGES = 40, 4
 WINDOW = PAGES * PAGE_SIZE

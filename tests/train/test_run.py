@@ -27,6 +27,8 @@ from dflash_jax.train.samples import Samples
 from dflash_jax.train.writing import Style, Writer
 from tests.tiny import F32, TARGET, TEMPLATE, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(layers=2, features=1, block_size=8, window=64, path_rank=16, batch_tokens=2048, tokens_per_anchor=8)
 DEEP = dataclasses.replace(TARGET, layers=TARGET.layers * 2)
 """Has as many layers as a drafter reads by default."""
