@@ -19,7 +19,7 @@ _FORMATS = {"f32": ("f32", 32), "bf16": ("bf16", 32), "w8": ("w8", 32), "w4 g32"
 _USABLE = 0.9
 """Share of the memory for weights and KV; the rest is for activations and programs."""
 _GPU_SIZES = {"chunk": 1024, "visit": 272, "page_size": 128}
-_CPU_SIZES = {"chunk": 256, "visit": 272, "page_size": 256}
+_CPU_SIZES = {"chunk": 256, "visit": 136, "page_size": 256}
 """Of the engine's profiles: the storage of layers with a window depends on them."""
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
