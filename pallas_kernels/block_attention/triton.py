@@ -23,19 +23,14 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.combine import combine
+from pallas_kernels.online_softmax import LEAST_TILE, TILE_NUMBERS, add_keys, no_sums, precision_of
 from pallas_kernels.paged import why_not
 
 _KEY_BLOCK = 64
 _TILE = 64
 """Query rows times heads of one program, at most; a power of two."""
-_LEAST_TILE = 16
-"""Tensor cores take 16 rows."""
-_TILE_NUMBERS = 16_384
-"""A tile's sums are so many f32 numbers at most, or they spill."""
 _PROGRAMS, _MOST_SPLITS = 264, 64
 """Programs to aim at (two for each of an H100's 132 multiprocessors), and splits that are worth putting together."""
-_LOWEST = -1e30
-"""Stands for minus infinity: a difference of two of them is a number."""
 
 
 @functools.partial(jax.jit, static_argnames=("page_size", "scale", "window", "causal", "ring", "compact", "interpret"))
@@ -60,8 +55,8 @@ def block_attention(
     group = heads // kv_heads
     if reason := why_not(page_size, key_pool.shape[2], head_dim):
         raise NotImplementedError(f"block_attention on Triton {reason}")
-    most = min(_TILE, max(_LEAST_TILE, _TILE_NUMBERS // head_dim))
-    tile = min(most, max(_LEAST_TILE, pl.next_power_of_2(rows * group)))
+    most = min(_TILE, max(LEAST_TILE, TILE_NUMBERS // head_dim))
+    tile = min(most, max(LEAST_TILE, pl.next_power_of_2(rows * group)))
     tiles = -(-rows * group // tile)
     key_block = min(_KEY_BLOCK, page_size)
     splits = _splits(batch * kv_heads * tiles, page_table.shape[1] * page_size // key_block)
@@ -149,7 +144,7 @@ def _kernel(
     slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
     start = starts_ref[slot]
     query, *value_query = [ref[...] for ref in query_refs]
-    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    precision = precision_of(query)
     row = jnp.minimum((index * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)) // group, rows - 1)
     token = start + row  # [tile, 1]
     last_token = start + jnp.minimum((index * tile + tile - 1) // group, rows - 1)
@@ -163,7 +158,6 @@ def _kernel(
     visits = jax.lax.div(jnp.maximum(end - begin, 0) + splits - 1, splits)
 
     def visit(turn, state):
-        highest, total, mixed = state
         place = (begin + turn * splits) * key_block
         number = jax.lax.div(place, page_size)
         page = table_ref[slot, jax.lax.rem(number, num_pages) if ring else number]
@@ -178,19 +172,9 @@ def _kernel(
         seen = key_token <= last_seen
         if window is not None:
             seen &= token - key_token < window
-        scores = jnp.where(seen, scores, _LOWEST)
-        new_highest = jnp.maximum(highest, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.where(seen, jnp.exp(scores - new_highest), 0.0)
-        keep = jnp.exp(highest - new_highest)
-        part = plt.dot(weights.astype(value.dtype), value, precision=precision)
-        return new_highest, total * keep + jnp.sum(weights, axis=1, keepdims=True), mixed * keep + part
+        return add_keys(state, scores, seen, value)
 
-    state = (
-        jnp.full((tile, 1), _LOWEST, jnp.float32),
-        jnp.zeros((tile, 1), jnp.float32),
-        jnp.zeros(mixed_ref.shape, jnp.float32),
-    )
-    highest, total, mixed = jax.lax.fori_loop(0, visits, visit, state)
+    highest, total, mixed = jax.lax.fori_loop(0, visits, visit, no_sums(tile, mixed_ref.shape[-1]))
     mixed_ref[...] = mixed
     highest_ref[...] = highest[:, 0]
     total_ref[...] = total[:, 0]

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.online_softmax import LEAST_TILE, LOWEST, TILE_NUMBERS, add_keys, no_sums, precision_of
 from pallas_kernels.paged import why_not
 from pallas_kernels.sparse_attention.selection import (
     Selection,
@@ -35,12 +36,6 @@ from pallas_kernels.sparse_attention.selection import (
 
 _MEANS, _KEYS = 64, 64
 """Means, and keys, of one step of the loops."""
-_LEAST_TILE = 16
-"""Tensor cores take 16 rows."""
-_TILE_NUMBERS = 16_384
-"""A tile's sums are so many f32 numbers at most, or they spill."""
-_LOWEST = -1e30
-"""Stands for minus infinity: a difference of two of them is a number."""
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "rule", "key_dim", "interpret"))
@@ -100,7 +95,7 @@ def select_blocks(
             jax.ShapeDtypeStruct((slots, blocks, heads, places), jnp.int32),
             jax.ShapeDtypeStruct((slots, blocks, heads, 1), jnp.int32),
         ],
-        compiler_params=plt.CompilerParams(num_warps=8 if tile * max(widths) >= _TILE_NUMBERS else 4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=8 if tile * max(widths) >= TILE_NUMBERS else 4, num_stages=2),
         interpret=interpret,
         name="sparse_attention_select",
     )(*query_parts, *mean_parts, starts, lengths)
@@ -160,7 +155,7 @@ def attend_blocks(
         in_specs=[*[of_tile(part.shape[4]) for part in parts], *[whole] * 6],
         out_specs=of_tile(head_dim),
         out_shape=jax.ShapeDtypeStruct((slots, blocks, heads, padded, head_dim), queries.dtype),
-        compiler_params=plt.CompilerParams(num_warps=8 if tile * head_dim >= _TILE_NUMBERS else 4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=8 if tile * head_dim >= TILE_NUMBERS else 4, num_stages=2),
         interpret=interpret,
         name="sparse_attention_attend",
     )(*parts, key_pool, value_pool, page_table, starts, selection.indices, selection.counts)
@@ -169,12 +164,8 @@ def attend_blocks(
 
 def _tiles(size: int, width: int) -> tuple[int, int]:
     """Rows of a tile of a query block, and rows of the whole block in full tiles."""
-    tile = min(max(_LEAST_TILE, pl.next_power_of_2(size)), max(_LEAST_TILE, _TILE_NUMBERS // width))
+    tile = min(max(LEAST_TILE, pl.next_power_of_2(size)), max(LEAST_TILE, TILE_NUMBERS // width))
     return tile, -(-size // tile) * tile
-
-
-def _precision(array: Array) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if array.dtype == jnp.float32 else None
 
 
 def _select_kernel(
@@ -214,16 +205,16 @@ def _select_kernel(
             scores = jnp.zeros((tile, _MEANS), jnp.float32)
             for query_ref, mean in zip(query_refs, means, strict=True):
                 query = plt.load(query_ref.at[pl.ds(index * tile, tile), :])
-                scores += plt.dot(query, mean, trans_b=True, precision=_precision(query))
+                scores += plt.dot(query, mean, trans_b=True, precision=precision_of(query))
             token = first + index * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
             seen = (first_key <= token) & (token <= last)
-            scores = jnp.where(seen, scores * scale, _LOWEST)
+            scores = jnp.where(seen, scores * scale, LOWEST)
             # One axis at a time: jax 0.11 fails to lower a maximum over two inside a mesh.
             new_highest = jnp.maximum(highest, jnp.max(jnp.max(scores, axis=0), axis=0))
             part = jnp.sum(jnp.where(seen, jnp.exp(scores - new_highest), 0.0), axis=0)
             return new_highest, mass * jnp.exp(highest - new_highest) + part
 
-        return jax.lax.fori_loop(0, tiles, add, (jnp.float32(_LOWEST), jnp.zeros((_MEANS,), jnp.float32)))
+        return jax.lax.fori_loop(0, tiles, add, (jnp.float32(LOWEST), jnp.zeros((_MEANS,), jnp.float32)))
 
     def find_largest(step, state):
         highest, largest = state
@@ -232,7 +223,7 @@ def _select_kernel(
         here = jnp.max(mass) * jnp.exp(peak - new_highest)
         return new_highest, jnp.maximum(largest * jnp.exp(highest - new_highest), here)
 
-    highest, largest = jax.lax.fori_loop(0, steps, find_largest, (jnp.float32(_LOWEST), jnp.float32(0.0)))
+    highest, largest = jax.lax.fori_loop(0, steps, find_largest, (jnp.float32(LOWEST), jnp.float32(0.0)))
     near = jax.lax.div(first, rule.block_size) - rule.window
     whole = first >= length - rule.full * rule.block_size
 
@@ -269,7 +260,7 @@ def _attend_kernel(
     slot, number = jax.lax.div(whole_block, blocks), jax.lax.rem(whole_block, blocks)
     kv_head = jax.lax.div(head, group)
     query, *value_query = [ref[...] for ref in query_refs]
-    precision = _precision(query)
+    precision = precision_of(query)
     row = number * size + jax.lax.rem(place, tiles) * tile
     token = starts_ref[slot] + row + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
     part = min(_KEYS, block_size)
@@ -277,7 +268,6 @@ def _attend_kernel(
     turns = counts_ref[slot, number, head] * parts
 
     def visit(turn, state):
-        highest, total, mixed = state
         block = indices_ref[slot, number, head, jax.lax.div(turn, parts)]
         key_token = block * block_size + jax.lax.rem(turn, parts) * part
         page = table_ref[slot, jax.lax.div(key_token, page_size)]
@@ -288,17 +278,7 @@ def _attend_kernel(
         if compact:
             scores += plt.dot(value_query[0], value, trans_b=True, precision=precision)
         seen = key_token + jax.lax.broadcasted_iota(jnp.int32, (1, part), 1) <= token
-        scores = jnp.where(seen, scores * scale, _LOWEST)
-        new_highest = jnp.maximum(highest, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.where(seen, jnp.exp(scores - new_highest), 0.0)
-        keep = jnp.exp(highest - new_highest)
-        step = plt.dot(weights.astype(value.dtype), value, precision=precision)
-        return new_highest, total * keep + jnp.sum(weights, axis=1, keepdims=True), mixed * keep + step
+        return add_keys(state, scores * scale, seen, value)
 
-    state = (
-        jnp.full((tile, 1), _LOWEST, jnp.float32),
-        jnp.zeros((tile, 1), jnp.float32),
-        jnp.zeros(out_ref.shape, jnp.float32),
-    )
-    _, total, mixed = jax.lax.fori_loop(0, turns, visit, state)
+    _, total, mixed = jax.lax.fori_loop(0, turns, visit, no_sums(tile, out_ref.shape[-1]))
     out_ref[...] = (mixed / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype)

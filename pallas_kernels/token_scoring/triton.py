@@ -14,12 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.online_softmax import LOWEST, precision_of
 from pallas_kernels.paged import why_not
 
 _LEAST_HEADS = 16
 """Tensor cores take 16 rows."""
-_LOWEST = -1e30
-"""Stands for minus infinity: a difference of two of them is a number."""
 
 
 @functools.partial(jax.jit, static_argnames=("page_size", "scale", "reduce", "interpret"))
@@ -81,12 +80,12 @@ def _page_scores(query_ref, key_ref, table_ref, length_ref, page_size: int, scal
     """Scores f32[heads, page_size] of the program's page and which of its tokens are below the length."""
     page, head = pl.program_id(0), pl.program_id(1)
     query = query_ref[...]
-    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    precision = precision_of(query)
     key = plt.load(key_ref.at[pl.ds(table_ref[page] * page_size, page_size), head, :])
     scores = plt.dot(query, key, trans_b=True, precision=precision) * scale
     token = page * page_size + jax.lax.broadcasted_iota(jnp.int32, (1, page_size), 1)
     inside = jnp.broadcast_to(token < length_ref[0], scores.shape)
-    return jnp.where(inside, scores, _LOWEST), inside
+    return jnp.where(inside, scores, LOWEST), inside
 
 
 def _statistics_kernel(query_ref, key_ref, table_ref, length_ref, highest_ref, total_ref, *, page_size, scale) -> None:

@@ -1,0 +1,45 @@
+"""The sums of attention over blocks of keys, one block after the other: what Triton kernels over paged KV share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Bool, Float
+
+LEAST_TILE = 16
+"""Tensor cores take 16 rows."""
+TILE_NUMBERS = 16_384
+"""A tile's sums are so many f32 numbers at most, or they spill."""
+LOWEST = -1e30
+"""Stands for minus infinity: a difference of two of them is a number."""
+
+Sums = tuple[Float[Array, "rows 1"], Float[Array, "rows 1"], Float[Array, "rows D"]]
+"""Of each row, over the keys so far: the largest score, weights relative to it, and values mixed by these weights."""
+
+
+def no_sums(rows: int, width: int) -> Sums:
+    """The sums before the first key."""
+    return (
+        jnp.full((rows, 1), LOWEST, jnp.float32),
+        jnp.zeros((rows, 1), jnp.float32),
+        jnp.zeros((rows, width), jnp.float32),
+    )
+
+
+def add_keys(
+    sums: Sums, scores: Float[Array, "rows keys"], seen: Bool[Array, "rows keys"], value: Float[Array, "keys D"]
+) -> Sums:
+    """The sums with a block of keys, of which each row takes those that it has `seen`."""
+    highest, total, mixed = sums
+    scores = jnp.where(seen, scores, LOWEST)
+    new_highest = jnp.maximum(highest, jnp.max(scores, axis=1, keepdims=True))
+    weights = jnp.where(seen, jnp.exp(scores - new_highest), 0.0)
+    keep = jnp.exp(highest - new_highest)
+    part = plt.dot(weights.astype(value.dtype), value, precision=precision_of(value))
+    return new_highest, total * keep + jnp.sum(weights, axis=1, keepdims=True), mixed * keep + part
+
+
+def precision_of(array: Array) -> jax.lax.Precision | None:
+    """Of products with this array: f32 is not to be rounded to TF32."""
+    return jax.lax.Precision.HIGHEST if array.dtype == jnp.float32 else None
