@@ -193,23 +193,8 @@ def _running(model: Model, *, warm_up: bool = True, **options: Any) -> Iterator[
 
 def _config(model: Model) -> DrafterConfig:
     target = model.target.config
-    layer = target.layers[0]
-    return DrafterConfig(
-        hidden_size=target.hidden_size,
-        num_heads=target.num_heads,
-        num_kv_heads=layer.num_kv_heads,
-        head_dim=layer.head_dim,
-        mlp_width=layer.mlp_width,
-        norm_eps=target.norm_eps,
-        rope=layer.rope,
-        block_size=_BLOCK,
-        mask_id=0,
-        target_layers=default_target_layers(target.num_layers, 1),
-        windows=(None, None),
-        causal=(False, False),
-        num_target_layers=target.num_layers,
-        vocab_size=target.vocab_size,
-    )
+    layers = default_target_layers(target.num_layers, 1)
+    return DrafterConfig.beside(target, block_size=_BLOCK, mask_id=0, target_layers=layers, windows=(None, None))
 
 
 def _random(model: Model) -> Drafter:

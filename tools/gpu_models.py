@@ -118,22 +118,7 @@ def _pruning(model: Model) -> list[dict[str, Any]]:
 
 def _random_drafter(model: Model) -> Drafter:
     target = model.target.config
-    layer = target.layers[0]
-    config = DrafterConfig(
-        hidden_size=target.hidden_size,
-        num_heads=target.num_heads,
-        num_kv_heads=layer.num_kv_heads,
-        head_dim=layer.head_dim,
-        mlp_width=layer.mlp_width,
-        norm_eps=target.norm_eps,
-        rope=layer.rope,
-        block_size=16,
-        mask_id=0,
-        target_layers=default_target_layers(target.num_layers, 1),
-        windows=(None, None),
-        causal=(False, False),
-        num_target_layers=target.num_layers,
-        vocab_size=target.vocab_size,
-    )
+    layers = default_target_layers(target.num_layers, 1)
+    config = DrafterConfig.beside(target, block_size=16, mask_id=0, target_layers=layers, windows=(None, None))
     parameters = {name: value.astype(model.profile.dtype) for name, value in random_drafter(config).items()}
     return Drafter(config, parameters, dtype=model.profile.dtype)

@@ -170,7 +170,7 @@ class Engine:
 
         Call it before requests come in. None also when there is no drafter or no tokenizer.
         """
-        if not self._shared.programs.has_drafter or self._tokenizer is None:
+        if not self._shared.programs.block_rows or self._tokenizer is None:
             return None
         mode, self._shared.dflash = self._shared.dflash, "on"
         try:

@@ -96,7 +96,6 @@ class Programs:
         self.profile = profile
         self.pages_per_sequence = pages_per_sequence
         self.ring = ring
-        self.has_drafter = drafter is not None
         self.has_own_scorer = scorer is not None
         self._num_pages, self._num_ring_pages, self._depth = num_pages, num_ring_pages, depth
         self._target_config, self._drafter_config = target.config, drafter.config if drafter else None

@@ -194,6 +194,37 @@ class DrafterConfig:
     def num_layers(self) -> int:
         return len(self.windows)
 
+    @classmethod
+    def beside(
+        cls,
+        target: ModelConfig,
+        *,
+        block_size: int,
+        mask_id: int,
+        target_layers: tuple[int, ...],
+        windows: tuple[int | None, ...],
+        path_rank: int = 0,
+    ) -> DrafterConfig:
+        """A drafter as wide as its target, with layers shaped like the target's first that see a block both ways."""
+        layer = target.layers[0]
+        return cls(
+            hidden_size=target.hidden_size,
+            num_heads=target.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            mlp_width=layer.mlp_width,
+            norm_eps=target.norm_eps,
+            rope=dataclasses.replace(layer.rope, rotated_pairs=None),
+            block_size=block_size,
+            mask_id=mask_id,
+            target_layers=target_layers,
+            windows=windows,
+            causal=(False,) * len(windows),
+            num_target_layers=target.num_layers,
+            vocab_size=target.vocab_size,
+            path_rank=path_rank,
+        )
+
     def to_json(self) -> str:
         """The record as written to a converted folder."""
         return json.dumps(dataclasses.asdict(self), indent=1)

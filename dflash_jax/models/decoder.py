@@ -312,19 +312,23 @@ class Decoder(nnx.Module):
 
     def project(self, normed: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
         """Head and softcap alone, for hidden states that carry their own final norm (the drafter's)."""
-        if self.head is None:
-            scores = quantised_matmul.matmul(normed, self.embedding.get_value()).astype(jnp.float32)
-        else:
-            scores = self.head(normed).astype(jnp.float32)
-        cap = self.config.final_softcap
-        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        scores = self.capped(quantised_matmul.matmul(normed, self.head_weight).astype(jnp.float32))
         never = self.config.suppressed_ids
         return scores.at[..., jnp.asarray(never)].set(-jnp.inf) if never else scores
 
     def head_rows(self, ids: Int[Array, "slots rows"]) -> Float[Array, "slots rows dim"]:
         """The head's weights for some tokens: what `project` multiplies hidden states with."""
-        weight = self.embedding if self.head is None else self.head.weight
-        return quantised_matmul.take_rows(weight.get_value(), ids, self.config.hidden_size).astype(self.dtype)
+        return quantised_matmul.take_rows(self.head_weight, ids, self.config.hidden_size).astype(self.dtype)
+
+    @property
+    def head_weight(self) -> Weight:
+        """The head's matrix, which is the embedding table in many models."""
+        return (self.embedding if self.head is None else self.head.weight).get_value()
+
+    def capped(self, scores: Float[Array, "... vocab"]) -> Float[Array, "... vocab"]:
+        """Scores of the head with the softcap of the family, if it has one."""
+        cap = self.config.final_softcap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def empty_pools(

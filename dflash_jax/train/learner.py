@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from checkpoints.random_models import random_drafter
 from dflash_jax.models.config import DrafterConfig
 from dflash_jax.models.decoder import Decoder
-from dflash_jax.models.drafter import Drafter
+from dflash_jax.models.drafter import Drafter, block_tokens
 from dflash_jax.models.parameters import drafter_parameters
 from dflash_jax.models.whole import read_whole
 from dflash_jax.train.blocks import Blocks, draft_blocks, draw_blocks
@@ -109,9 +109,8 @@ class Learner:
         draw, choose = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index(DATA)))
         target = nnx.merge(self._graph, weights)
         blocks, features = self._read(target, tokens, answers, draw)
-        chosen = jax.random.bernoulli(choose, self.recipe.path_share, (blocks.anchors.size,)) & bool(
-            self.config.path_rank
-        )
+        share = self.recipe.path_share if self.config.path_rank else 0.0
+        chosen = jax.random.bernoulli(choose, share, (blocks.anchors.size,))
 
         def loss(parameters: Parameters) -> tuple[Array, Score]:
             score = self._draft(target, parameters, blocks, features, chosen)
@@ -148,8 +147,8 @@ class Learner:
     def _draft(self, target: Decoder, parameters: Parameters, blocks: Blocks, features: Array, chosen: Array) -> Score:
         drafter = Drafter(self.config, _in(self._dtype, self.config, parameters), dtype=self._dtype)
         rows, count, size = blocks.tokens.shape
-        seen = jnp.full(blocks.tokens.shape, self.config.mask_id, jnp.int32).at[:, :, 0].set(blocks.tokens[:, :, 0])
-        embeddings = target.embed(seen.reshape(rows, -1)).reshape(rows, count, size, -1)
+        seen = block_tokens(blocks.tokens[:, :, 0].reshape(-1), self.config, size)
+        embeddings = target.embed(seen).reshape(rows, count, size, -1)
         hidden = draft_blocks(drafter, features, embeddings, blocks.anchors)[:, :, 1:].reshape(
             rows * count, size - 1, -1
         )
@@ -175,9 +174,9 @@ def data_mesh() -> Mesh:
 
 def initial_parameters(config: DrafterConfig, seed: int) -> Parameters:
     """Random matrices, norms of one. What a layer or the path selector adds starts at nothing."""
-    parameters = {}
+    table, parameters = drafter_parameters(config), {}
     for name, value in random_drafter(config, seed).items():
-        if not drafter_parameters(config)[name].matrix:
+        if not table[name].matrix:
             value = jnp.ones_like(value)
         elif name.endswith(("attention.o", "mlp.down", "path.out")):
             value = jnp.zeros_like(value)
@@ -187,13 +186,10 @@ def initial_parameters(config: DrafterConfig, seed: int) -> Parameters:
 
 def _head(target: Decoder) -> Logits:
     """The target's head as a dense matrix: kernels for quantised weights let no gradient through."""
-    weight = target.embedding if target.head is None else target.head.weight
-    matrix = quantised_matmul.dequantise(weight.get_value(), target.config.hidden_size).astype(target.dtype)
-    cap = target.config.final_softcap
+    matrix = quantised_matmul.dequantise(target.head_weight, target.config.hidden_size).astype(target.dtype)
 
     def logits(hidden: Float[Array, "blocks slots dim"]) -> Float[Array, "blocks slots vocab"]:
-        scores = jnp.einsum("bsd,vd->bsv", hidden, matrix, preferred_element_type=jnp.float32)
-        return scores if cap is None else cap * jnp.tanh(scores / cap)
+        return target.capped(jnp.einsum("bsd,vd->bsv", hidden, matrix, preferred_element_type=jnp.float32))
 
     return logits
 

@@ -38,21 +38,11 @@ class Recipe:
 
     def config_for(self, target: ModelConfig, mask_id: int) -> DrafterConfig:
         """The drafter of this recipe for a target: as wide as the target, shaped like its first layer."""
-        layer = target.layers[0]
-        return DrafterConfig(
-            hidden_size=target.hidden_size,
-            num_heads=target.num_heads,
-            num_kv_heads=layer.num_kv_heads,
-            head_dim=layer.head_dim,
-            mlp_width=layer.mlp_width,
-            norm_eps=target.norm_eps,
-            rope=dataclasses.replace(layer.rope, rotated_pairs=None),
+        return DrafterConfig.beside(
+            target,
             block_size=self.block_size,
             mask_id=mask_id,
             target_layers=default_target_layers(target.num_layers, self.features),
             windows=(self.window,) * self.layers,
-            causal=(False,) * self.layers,
-            num_target_layers=target.num_layers,
-            vocab_size=target.vocab_size,
             path_rank=self.path_rank,
         )

@@ -69,7 +69,12 @@ class Samples:
     @staticmethod
     def join(parts: Sequence[Samples]) -> Samples:
         """All samples of all parts."""
-        return Samples.of([part[index] for part in parts for index in range(len(part))])
+        ends = np.cumsum([0, *(len(part.tokens) for part in parts)])
+        return Samples(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.answers for part in parts]),
+            np.concatenate([[0], *(end + part.starts[1:] for end, part in zip(ends[:-1], parts, strict=True))]),
+        )
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Samples:
         """Some of the samples, in the given order."""

@@ -199,11 +199,9 @@ class Writer:
             if len(ids) + len(self._joints.to_answer) + _LEAST_ANSWER < self._room // 2 and len(ids):
                 self._conversations[slot] = _Conversation()
                 self._rows.length[slot] = 0
-                self._rows.tokens[slot, : len(ids)] = ids
+                self._ask(slot, 0, ids)
                 if opening.whole:
                     self._turn_to_answer(slot, len(ids))
-                else:
-                    self._give(slot, len(ids), _QUESTION_TOKENS, self._style.question)
                 return skipped
             if skipped > 1000:
                 break
@@ -223,7 +221,7 @@ class Writer:
                 conversation.answers.append((conversation.turn_start, known))
             goes_on = stopped and room_left > self._room // 3 and self._generator.random() < _ANOTHER_ROUND
             if goes_on:
-                self._append(slot, known - stopped, self._joints.to_user)
+                self._ask(slot, known - stopped, self._joints.to_user)
                 return None
         elif words >= _LEAST_QUESTION and room_left > len(self._joints.to_answer) + _LEAST_ANSWER:
             self._turn_to_answer(slot, known - stopped)
@@ -237,21 +235,20 @@ class Writer:
         end = conversation.answers[-1][1]
         return self._rows.tokens[slot, :end].copy(), answers[:end]
 
-    def _append(self, slot: int, end: int, joint: np.ndarray) -> None:
-        """Puts the user's next turn behind an answer."""
-        self._rows.tokens[slot, end : end + len(joint)] = joint
-        self._give(slot, end + len(joint), _QUESTION_TOKENS, self._style.question)
+    def _ask(self, slot: int, end: int, given: np.ndarray) -> None:
+        """A turn of the user: what is given of it stands from `end` on, the target adds the rest."""
+        self._give(slot, end, given, _QUESTION_TOKENS, self._style.question)
 
     def _turn_to_answer(self, slot: int, end: int) -> None:
-        joint = self._joints.to_answer
-        self._rows.tokens[slot, end : end + len(joint)] = joint
         temperatures, shares = zip(*self._style.answers, strict=True)
         temperature = self._generator.choice(temperatures, p=np.asarray(shares) / sum(shares))
-        self._give(slot, end + len(joint), self._style.answer_tokens, float(temperature))
+        self._give(slot, end, self._joints.to_answer, self._style.answer_tokens, float(temperature))
         self._conversations[slot].answering = True  # pyright: ignore[reportOptionalMemberAccess]
 
-    def _give(self, slot: int, given: int, tokens: int, temperature: float) -> None:
-        rows, conversation = self._rows, self._conversations[slot]
+    def _give(self, slot: int, end: int, ids: np.ndarray, tokens: int, temperature: float) -> None:
+        """Puts ids at `end`, behind which the target may write so many tokens."""
+        rows, conversation, given = self._rows, self._conversations[slot], end + len(ids)
+        rows.tokens[slot, end:given] = ids
         rows.given[slot], rows.end[slot] = given, min(given + tokens, self._room)
         rows.temperature[slot], rows.live[slot] = temperature, True
         if conversation is not None:
