@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from dflash_jax.engine.tokenizer import Tokenizer
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _CUT = "\ufdd1"
 """Stands where a rendered conversation is cut; a noncharacter, which no template touches."""
+
+
+_WORD = re.compile(rb" [A-Z]?[a-z]{4,}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +63,32 @@ def read_openings(path: Path) -> Openings:
     return Openings(tuple(found), skipped)
 
 
-def own_openings() -> Openings:
-    """Beginnings of what people ask, from openings.json: every form with every subject that fits it."""
+def own_openings(words: Sequence[str] = (), seed: int = 0) -> Openings:
+    """Beginnings of what people ask, from openings.json: every form with every subject that fits it.
+
+    Kinds about `words` take some of those for each form, drawn with `seed`.
+    """
     text = (importlib.resources.files("dflash_jax.train") / "openings.json").read_text(encoding="utf-8")
     table = json.loads(text)
+    generator, words = np.random.default_rng(seed), list(words)
     found = []
     for kind in table["kinds"]:
         system = [{"role": "system", "content": kind["system"]}] if "system" in kind else []
         for form in kind["forms"]:
-            for subject in table["subjects"].get(kind.get("subjects"), [""]):
-                user = {"role": "user", "content": form.replace("{}", subject)}
+            if "words" in kind:
+                subjects = generator.choice(words, min(kind["words"], len(words)), replace=False) if words else ()
+            else:
+                subjects = table["subjects"].get(kind.get("subjects"), [""])
+            for subject in subjects:
+                user = {"role": "user", "content": form.replace("{}", str(subject))}
                 found += [Opening((*system, user), whole=False)] * kind.get("weight", 1)
     return Openings(tuple(found))
+
+
+def plain_words(tokenizer: Tokenizer) -> list[str]:
+    """Words that a vocabulary has as one token, written in Latin letters: thousands of subjects to ask about."""
+    spelt = (tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size))
+    return sorted({text[1:].decode() for text in spelt if _WORD.fullmatch(text)})
 
 
 def _opening(line: str) -> Opening | None:

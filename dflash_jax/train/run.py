@@ -27,7 +27,7 @@ from dflash_jax.engine.request import RequestError
 from dflash_jax.models.config import DrafterConfig, ModelConfig
 from dflash_jax.models.parameters import drafter_parameters
 from dflash_jax.train.learner import Learner, State
-from dflash_jax.train.openings import Rendered, joints, own_openings, read_openings
+from dflash_jax.train.openings import Rendered, joints, own_openings, plain_words, read_openings
 from dflash_jax.train.recipe import Recipe
 from dflash_jax.train.samples import LENGTHS, Batch, Samples
 from dflash_jax.train.writing import Writer
@@ -280,11 +280,11 @@ def _samples(
         progress(Note(f"{len(samples):,} conversations, {len(samples.tokens):,} tokens, are there"), 0, 0)
     if len(samples.tokens) >= tokens:
         return samples
-    openings = read_openings(data) if data is not None else own_openings()
     assert loaded.tokenizer is not None
     room = min(room, loaded.target.config.context_length)
     # A run that goes on must not write the same again.
     seed += len(samples)
+    openings = read_openings(data) if data is not None else own_openings(plain_words(loaded.tokenizer), seed)
     between = joints(loaded.template, loaded.tokenizer)
     writer = Writer(loaded.target, between, slots=slots, room=room, seed=seed)
     source = Rendered(openings, loaded.template, loaded.tokenizer, seed)
