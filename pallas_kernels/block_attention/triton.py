@@ -1,19 +1,20 @@
 """Block attention as a Pallas Triton kernel.
 
 One program works on one slot, one KV head, one tile of query rows and one share of the keys; the heads that share the
-KV head stand below each other in the tile, so that K and V are read once for all of them. Blocks of keys lie at fixed
-absolute positions and are dealt out in turn: of S splits, split s takes blocks s, s + S, s + 2 S ... that its rows can
-see, with an online softmax in f32. So all programs are busy whatever the length of the context, and a row's sums do not
-depend on how far its neighbours reach. Neighbouring rows are masked, never mixed in: a row's bits do not depend on
-them. combine.py puts the splits together, always in the same order. Being jitted by itself, the kernel is lowered once
-for all layers of a shape.
+KV head stand below each other in the tile (row r of head g is line `r * group + g`), so that K and V are read once for
+all of them. Blocks of keys lie at fixed absolute positions and are dealt out in turn: of S splits, split s takes blocks
+s, s + S, s + 2 S ... that its rows can see, with an online softmax in f32. So all programs are busy whatever the length
+of the context, and a row's sums do not depend on how far its neighbours reach. Neighbouring rows are masked, never
+mixed in: a row's bits do not depend on them. combine.py puts the splits together, always in the same order. Being
+jitted by itself, the kernel is lowered once for all layers of a shape.
 
-    grid (slots * splits, kv_heads, tiles)   q tile [rows * group, D] stays in registers
+    grid (slots * splits, kv_heads, tiles)   q tile [lines, D] stays in registers
       for each block of the split            K block [BLOCK, D] -> scores -> running maximum and sum -> V block
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -23,17 +24,45 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.combine import combine
-from pallas_kernels.online_softmax import LEAST_TILE, TILE_NUMBERS, add_keys, no_sums, precision_of
+from pallas_kernels.online_softmax import LEAST_TILE, add_keys, no_sums, precision_of
 from pallas_kernels.paged import why_not
 
-_KEY_BLOCK = 64
-_TILE = 64
-"""Query rows times heads of one program, at most; a power of two."""
-_PROGRAMS, _MOST_SPLITS = 264, 64
-"""Programs to aim at (two for each of an H100's 132 multiprocessors), and splits that are worth putting together."""
+_MOST_SPLITS = 64
+"""Splits that are worth putting together."""
+_CHUNK = 128
+"""From so many lines per KV head on it is a chunk of a prompt, and not a step."""
 
 
-@functools.partial(jax.jit, static_argnames=("page_size", "scale", "window", "causal", "ring", "compact", "interpret"))
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How attention is cut into programs; what was fastest on an H100 (docs/kernels.md).
+
+    tile        lines of a program, at most; a power of two
+    key_block   keys that it looks at together
+    programs    to aim at, by splitting the keys: some for each of 132 multiprocessors
+    """
+
+    tile: int
+    key_block: int
+    warps: int = 4
+    stages: int = 2
+    programs: int = 264
+
+
+def _config(lines: int, head_dim: int) -> Config:
+    """By what a program must hold: so much shared memory and so many registers are there."""
+    if head_dim > 256:
+        return Config(64, 32, warps=8, stages=3) if lines > _CHUNK else Config(32, 32)
+    if head_dim > 128:
+        return Config(128, 64, warps=8, stages=3) if lines > _CHUNK else Config(32, 32)
+    if head_dim > 64 or lines > _CHUNK:
+        return Config(64, 64)
+    return Config(16, 64, programs=528)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("page_size", "scale", "window", "causal", "ring", "compact", "config", "interpret")
+)
 def block_attention(
     queries: Float[Array, "B T H Q"],
     key_pool: Float[Array, "tokens kv_heads K"],
@@ -47,24 +76,21 @@ def block_attention(
     causal: bool = True,
     ring: bool = False,
     compact: bool = False,
+    config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
     """See `api.block_attention`. Raises NotImplementedError for sizes that are not powers of two."""
-    batch, rows, heads, width = queries.shape
+    batch, rows, heads, _ = queries.shape
     kv_heads, head_dim = value_pool.shape[1:]
     group = heads // kv_heads
     if reason := why_not(page_size, key_pool.shape[2], head_dim):
         raise NotImplementedError(f"block_attention on Triton {reason}")
-    most = min(_TILE, max(LEAST_TILE, TILE_NUMBERS // head_dim))
-    tile = min(most, max(LEAST_TILE, pl.next_power_of_2(rows * group)))
+    config = config or _config(rows * group, head_dim)
+    tile = min(config.tile, max(LEAST_TILE, pl.next_power_of_2(rows * group)))
     tiles = -(-rows * group // tile)
-    key_block = min(_KEY_BLOCK, page_size)
-    splits = _splits(batch * kv_heads * tiles, page_table.shape[1] * page_size // key_block)
-    stacked = queries.reshape(batch, rows, kv_heads, group, width).transpose(0, 2, 1, 3, 4)
-    stacked = stacked.reshape(batch, kv_heads, rows * group, width).astype(key_pool.dtype)
-    stacked = jnp.pad(stacked, ((0, 0), (0, 0), (0, tiles * tile - rows * group), (0, 0)))
-    # The kernel takes powers of two, so what meets the keys and what meets the values come apart.
-    parts = jnp.split(stacked, [key_pool.shape[2]], axis=-1) if compact else [stacked]
+    # f32 takes twice the shared memory of bf16.
+    key_block = min(config.key_block * 2 // key_pool.dtype.itemsize, page_size)
+    splits = _splits(config.programs // (batch * kv_heads * tiles), page_table.shape[1] * page_size // key_block)
     kernel = functools.partial(
         _kernel,
         rows=rows,
@@ -88,13 +114,7 @@ def block_attention(
     mixed, highest, total = pl.pallas_call(
         kernel,
         grid=(batch * splits, kv_heads, tiles),
-        in_specs=[
-            *[
-                pl.BlockSpec((None, None, tile, part.shape[3]), lambda place, head, t: (place // splits, head, t, 0))
-                for part in parts
-            ],
-            *[whole] * 4,
-        ],
+        in_specs=[whole] * 5,
         out_specs=[
             pl.BlockSpec(
                 (None, None, None, tile, head_dim), lambda place, head, t: (place % splits, place // splits, head, t, 0)
@@ -107,10 +127,10 @@ def block_attention(
             jax.ShapeDtypeStruct(shape, jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
         ],
-        compiler_params=plt.CompilerParams(num_warps=8 if head_dim > 256 else 4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="block_attention",
-    )(*parts, key_pool, value_pool, page_table, starts)
+    )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts)
     if splits > 1:
         return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
     mixed = mixed[0] / jnp.where(total == 0.0, 1.0, total)[0][..., None]
@@ -118,14 +138,22 @@ def block_attention(
     return mixed.transpose(0, 2, 1, 3, 4).reshape(batch, rows, heads, head_dim).astype(queries.dtype)
 
 
-def _splits(programs: int, key_blocks: int) -> int:
+def _splits(most: int, key_blocks: int) -> int:
     """A power of two; it follows from shapes alone, so that the same row is always split alike."""
-    wanted = min(_MOST_SPLITS, max(1, _PROGRAMS // programs), max(1, key_blocks // 2))
+    wanted = min(_MOST_SPLITS, max(1, most), max(1, key_blocks // 2))
     return 1 << (wanted.bit_length() - 1)
 
 
 def _kernel(
-    *refs,
+    query_ref,
+    key_ref,
+    value_ref,
+    table_ref,
+    starts_ref,
+    mixed_ref,
+    highest_ref,
+    total_ref,
+    *,
     rows: int,
     group: int,
     tile: int,
@@ -139,14 +167,17 @@ def _kernel(
     ring: bool,
     compact: bool,
 ) -> None:
-    *query_refs, key_ref, value_ref, table_ref, starts_ref, mixed_ref, highest_ref, total_ref = refs
     place, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
     start = starts_ref[slot]
-    query, *value_query = [ref[...] for ref in query_refs]
+    line = jnp.minimum(index * tile + jnp.arange(tile, dtype=jnp.int32), rows * group - 1)
+    row = jax.lax.div(line, group)
+    of_line = (row, head * group + jax.lax.rem(line, group))
+    key_dim = key_ref.shape[2]
+    query = _lines(query_ref, slot, of_line, 0, key_dim)
+    value_query = _lines(query_ref, slot, of_line, key_dim, value_ref.shape[2]) if compact else None
     precision = precision_of(query)
-    row = jnp.minimum((index * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)) // group, rows - 1)
-    token = start + row  # [tile, 1]
+    token = start + row[:, None]  # [tile, 1]
     last_token = start + jnp.minimum((index * tile + tile - 1) // group, rows - 1)
     first_token = start + index * tile // group
     last_seen = token if causal else jnp.full_like(token, start + rows - 1)
@@ -165,8 +196,8 @@ def _kernel(
         key = plt.load(key_ref.at[at, head, :])
         value = plt.load(value_ref.at[at, head, :])
         scores = plt.dot(query, key, trans_b=True, precision=precision)  # [tile, key_block]
-        if compact:
-            scores += plt.dot(value_query[0], value, trans_b=True, precision=precision)
+        if value_query is not None:
+            scores += plt.dot(value_query, value, trans_b=True, precision=precision)
         scores = scores * scale
         key_token = place + jax.lax.broadcasted_iota(jnp.int32, (1, key_block), 1)
         seen = key_token <= last_seen
@@ -178,3 +209,11 @@ def _kernel(
     mixed_ref[...] = mixed
     highest_ref[...] = highest[:, 0]
     total_ref[...] = total[:, 0]
+
+
+def _lines(query_ref, slot, of_line, first: int, width: int):
+    """Numbers `first..` of the queries of some rows and heads; loads take slices only or arrays only."""
+    shape = (of_line[0].shape[0], width)
+    column = jnp.broadcast_to(first + jnp.arange(width, dtype=jnp.int32)[None, :], shape)
+    row, head = (jnp.broadcast_to(each[:, None], shape) for each in of_line)
+    return plt.load(query_ref.at[jnp.broadcast_to(slot, shape), row, head, column])
