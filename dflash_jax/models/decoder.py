@@ -22,20 +22,20 @@ from dflash_jax.models.layers import (
     GatedMlp,
     KvPool,
     Linear,
+    Parts,
     RMSNorm,
     SparsePool,
+    Stream,
     Weight,
     below,
     dense,
     rope_tables,
-    rotate,
-    standing,
-    turning,
-    write_rows,
 )
 from dflash_jax.models.per_layer import PerLayerEmbedding, PerLayerGate
+from pallas_kernels.attention_rows.api import HeadLayout, HeadNorms, attention_rows, normed_heads
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.quantised_matmul import api as quantised_matmul
+from pallas_kernels.residual_norm.api import sum_of
 from pallas_kernels.sparse_attention.api import SelectionRule, sparse_attention, update_means
 
 
@@ -73,8 +73,8 @@ class Place:
         return self.ring_table, True
 
 
-QueriesKeys = tuple[Float[Array, "slots rows heads _head_dim"], Float[Array, "slots rows _kv_heads _head_dim"]]
-"""Before RoPE. For a layer that reads another one's K and V, the other one's keys."""
+QueriesKeys = tuple[Float[Array, "slots rows heads _head_dim"], Float[Array, "slots rows _kv_heads _head_dim"] | None]
+"""Before RoPE. A layer that reads another one's K and V has no keys itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Pass:
 
     `hidden` is the residual stream after the last layer that ran, before the final norm. `features` are the residual
     streams after the captured layers, concatenated. `unrotated` has queries and keys before RoPE of the layers
-    asked for, in that order. `means` are those of `Place.sparse` with the rows' own keys.
+    asked for, in that order; for a layer that reads another one's K and V, the other one's keys. `means` are those of
+    `Place.sparse` with the rows' own keys.
     """
 
     hidden: Float[Array, "slots rows dim"]
@@ -108,49 +109,58 @@ class Attention(nnx.Module):
         norm = {"eps": config.norm_eps, "offset": config.norm_offset}
         self.q_norm = RMSNorm(dense(parameters["q_norm"]), **norm) if config.qk_norm else None
         self.k_norm = RMSNorm(dense(parameters["k_norm"]), **norm) if config.qk_norm and own else None
-        self.v_norm = RMSNorm(None, eps=config.norm_eps) if config.v_norm and own else None
-        self.num_heads = config.num_heads
+        self.norm_values = config.v_norm and own
+        self.eps = config.norm_eps
         self.layer = layer
-        self.key_width = config.key_width(layer)
+        self.layout = HeadLayout(
+            heads=config.num_heads,
+            kv_heads=layer.num_kv_heads if own else 0,
+            head_dim=layer.head_dim,
+            key_width=config.key_width(layer),
+            values_are_keys=layer.values_are_keys,
+        )
 
-    def project(
-        self, x: Float[Array, "slots rows dim"]
-    ) -> tuple[
-        Float[Array, "slots rows heads head_dim"],
-        Float[Array, "slots rows kv_heads head_dim"] | None,
-        Float[Array, "slots rows kv_heads head_dim"] | None,
-    ]:
-        """Queries, keys and values with their norms, before RoPE; None for what another layer provides."""
-        slots, rows, _ = x.shape
-        heads = self.qkv(x).reshape(slots, rows, -1, self.layer.head_dim)
-        q, kv = heads[:, :, : self.num_heads], heads[:, :, self.num_heads :]
-        q = q if self.q_norm is None else self.q_norm(q)
-        if self.layer.kv_source is not None:
-            return q, None, None
-        k, v = (kv, kv) if self.layer.values_are_keys else jnp.split(kv, 2, axis=2)
-        return q, k if self.k_norm is None else self.k_norm(k), v if self.v_norm is None else self.v_norm(v)
+    def project(self, x: Float[Array, "slots rows dim"]) -> QueriesKeys:
+        """Queries and keys with their norms, before RoPE; no keys where another layer provides them."""
+        return self._before_rope(self.qkv.parts(x), x)
 
     def __call__(
         self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool | SparsePool, place: Place
-    ) -> tuple[Float[Array, "slots rows dim"], KvPool | SparsePool, tuple[Array, Array | None]]:
+    ) -> tuple[Parts, KvPool | SparsePool, QueriesKeys]:
         """The mix, the pool with the rows' own K and V, and queries and own keys before RoPE."""
-        q, k, v = self.project(x)
+        parts = self.qkv.parts(x)
         table, ring = place.table(self.layer)
-        queries, keys = rotate(q, rope), None if k is None else rotate(k, rope)
-        compact = self.key_width < self.layer.head_dim
-        if compact and keys is not None:
-            queries, keys = self._compact(queries, keys)
-        kv = pool[0], pool[1]
-        if keys is not None and v is not None:
-            kv = write_rows(kv, keys, v, table, place.starts, place.page_size, ring=ring)
-        sizes = {"page_size": place.page_size, "scale": self.layer.attention_scale, "compact": compact}
+        owned = (pool[0], pool[1]) if self.layout.kv_heads else None
+        queries, written = attention_rows(
+            parts,
+            owned,
+            table,
+            place.starts,
+            rope,
+            layout=self.layout,
+            norms=self._norms,
+            dtype=x.dtype,
+            page_size=place.page_size,
+            ring=ring,
+        )
+        kv = (pool[0], pool[1]) if written is None else written
+        sizes = {"page_size": place.page_size, "scale": self.layer.attention_scale, "compact": self.layout.compact}
         if isinstance(pool, SparsePool):
             pool = self._with_means(SparsePool(*kv, pool.means), place, queries.shape[1])
             mixed = self._read_sparsely(queries, pool, place, **sizes)
         else:
             pool, ringed = kv, {"window": self.layer.window, "ring": ring}
             mixed = block_attention(queries, *kv, table, place.starts, **ringed, **sizes)
-        return self.out(mixed.reshape(*x.shape[:2], -1)), pool, (q, k)
+        return self.out.parts(mixed.reshape(*x.shape[:2], -1)), pool, self._before_rope(parts, x)
+
+    def _before_rope(self, parts: Parts, x: Float[Array, "slots rows dim"]) -> QueriesKeys:
+        queries, keys, _ = normed_heads(parts, layout=self.layout, norms=self._norms, dtype=x.dtype)
+        return queries, keys if self.layout.kv_heads else None
+
+    @property
+    def _norms(self) -> HeadNorms:
+        queries, keys = (None if norm is None else norm.scale_value for norm in (self.q_norm, self.k_norm))
+        return HeadNorms(queries, keys, self.norm_values, self.eps)
 
     def _with_means(self, pool: SparsePool, place: Place, rows: int) -> SparsePool:
         """The pool, where the rows' own keys are already, with the means of the blocks that they lie in."""
@@ -175,20 +185,6 @@ class Attention(nnx.Module):
         where = (place.page_table, place.starts, place.sparse.lengths)
         return sparse_attention(queries, *pool, *where, rule=place.sparse.rule, **sizes)
 
-    def _compact(
-        self, queries: Float[Array, "slots rows heads head_dim"], keys: Float[Array, "slots rows kv_heads head_dim"]
-    ) -> tuple[Float[Array, "slots rows heads _width"], Float[Array, "slots rows kv_heads _key_width"]]:
-        """The compact form: keys of the dims that RoPE turns; in the others K is V times the weight of K's norm.
-
-        That weight goes to the queries, whose last `head_dim` numbers meet the values.
-        """
-        assert self.k_norm is not None
-        assert self.k_norm.scale is not None
-        weight = jnp.where(standing(self.key_width, self.layer.head_dim), self.k_norm.scale.get_value(), 0.0)
-        meeting_values = (queries.astype(jnp.float32) * weight[None, None, None, :]).astype(queries.dtype)
-        meeting_keys = turning(queries, self.key_width)
-        return jnp.concatenate([meeting_keys, meeting_values], axis=-1), turning(keys, self.key_width)
-
 
 class FeedForward(nnx.Module):
     """Gated MLP with pre-norm, and the family's post-norm; beside it experts, whose router reads the same residual."""
@@ -203,11 +199,13 @@ class FeedForward(nnx.Module):
         self.experts = Experts(below(parameters, "experts."), config) if config.experts else None
         self.dense_post_norm = RMSNorm(dense(parameters["mlp.dense_post_norm"]), **norm) if config.experts else None
 
-    def __call__(self, x: Float[Array, "slots rows dim"]) -> Float[Array, "slots rows dim"]:
-        wide = self.mlp(self.norm(x))
+    def __call__(self, stream: Stream) -> Stream:
+        stream, normed = stream.normed(self.norm)
+        parts = self.mlp.parts(normed)
         if self.experts is not None and self.dense_post_norm is not None:
-            wide = self.dense_post_norm(wide) + self.experts(x)
-        return wide if self.post_norm is None else self.post_norm(wide)
+            wide = self.dense_post_norm(sum_of(parts, normed.dtype)) + self.experts(stream.value)
+            parts = wide[None]
+        return Stream(stream.value, parts, self.post_norm)
 
 
 class DecoderLayer(nnx.Module):
@@ -225,20 +223,21 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "slots rows dim"],
+        stream: Stream,
         rope: tuple[Array, Array],
         pool: KvPool | SparsePool,
         place: Place,
         per_layer: Float[Array, "slots rows width"] | None = None,
-    ) -> tuple[Float[Array, "slots rows dim"], KvPool | SparsePool, tuple[Array, Array | None]]:
-        mixed, pool, unrotated = self.attention(self.attention_norm(x), rope, pool, place)
-        x = x + (mixed if self.attention_post_norm is None else self.attention_post_norm(mixed))
-        x = x + self.feed_forward(x)
+    ) -> tuple[Stream, KvPool | SparsePool, QueriesKeys]:
+        """The stream after the layer, the pool, and what `Attention` says of queries and keys."""
+        stream, normed = stream.normed(self.attention_norm)
+        mixed, pool, unrotated = self.attention(normed, rope, pool, place)
+        stream = self.feed_forward(Stream(stream.value, mixed, self.attention_post_norm))
         if self.per_layer is not None and per_layer is not None:
-            x = x + self.per_layer(x, per_layer)
-        if self.scalar is not None:
-            x = x * self.scalar.get_value().astype(x.dtype)[None, None, :]
-        return x, pool, unrotated
+            x = stream.settled().value
+            stream = Stream(x, self.per_layer(x, per_layer)[None])
+        factor = None if self.scalar is None else self.scalar.get_value()
+        return dataclasses.replace(stream, factor=factor), pool, unrotated
 
 
 class Decoder(nnx.Module):
@@ -278,8 +277,8 @@ class Decoder(nnx.Module):
         `capture` names layers for `Pass.features`, `unrotated` layers for `Pass.unrotated`; the latter may include the
         first layer that does not run, of which only queries and keys are computed.
         """
-        x = self.embed(tokens)
-        per_layer = None if self.per_layer is None else self.per_layer(tokens, x)
+        stream = Stream(self.embed(tokens))
+        per_layer = None if self.per_layer is None else self.per_layer(tokens, stream.value)
         tables = {}
         means = dict(place.sparse.means) if place.sparse else {}
         at_hand: list[KvPool | SparsePool] = [
@@ -293,18 +292,20 @@ class Decoder(nnx.Module):
                 tables[key] = rope_tables(*key, place.positions)
             source = index if layer.kv_source is None else layer.kv_source
             own = None if per_layer is None else per_layer[:, :, index]
-            x, at_hand[source], (q, k) = self.layers[index](x, tables[key], at_hand[source], place, own)
+            stream, at_hand[source], (q, k) = self.layers[index](stream, tables[key], at_hand[source], place, own)
             taken[index] = (q, taken[source][1] if k is None else k)
             if index in capture:
-                features[index] = x
+                stream = stream.settled()
+                features[index] = stream.value
+        stream = stream.settled()
         if num_layers is not None and num_layers in unrotated:
             layer = self.layers[num_layers]
-            q, k, _ = layer.attention.project(layer.attention_norm(x))
+            q, k = layer.attention.project(layer.attention_norm(stream.value))
             taken[num_layers] = (q, taken[self.config.layers[num_layers].kv_source][1] if k is None else k)
         joined = jnp.concatenate([features[index] for index in capture], axis=-1) if capture else None
         new_pools = tuple((pool[0], pool[1]) for pool in at_hand)
         means = {index: pool.means for index, pool in enumerate(at_hand) if isinstance(pool, SparsePool)}
-        return Pass(x, new_pools, joined, tuple(taken[index] for index in unrotated), means)
+        return Pass(stream.value, new_pools, joined, tuple(taken[index] for index in unrotated), means)
 
     def logits(self, hidden: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
         """Final norm, head, softcap; f32. `hidden` is the residual stream after the last layer."""

@@ -20,14 +20,15 @@ from dflash_jax.models.layers import (
     GatedMlp,
     KvPool,
     Linear,
+    Parts,
     RMSNorm,
+    Stream,
     Weight,
     below,
     dense,
     rope_tables,
-    rotate,
-    write_rows,
 )
+from pallas_kernels.attention_rows.api import HeadLayout, HeadNorms, Heads, attention_rows, rotate
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.quantised_matmul import api as quantised_matmul
 
@@ -67,16 +68,18 @@ class DrafterLayer(nnx.Module):
         self, x: Float[Array, "slots rows dim"], mixed: Float[Array, "slots rows heads head_dim"]
     ) -> Float[Array, "slots rows dim"]:
         """The residual stream after the layer, given what attention has mixed."""
-        x = x + self.out(mixed.reshape(*x.shape[:2], -1))
-        return x + self.mlp(self.mlp_norm(x))
+        return self._finish(x, mixed).settled().value
 
-    def __call__(
-        self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place
-    ) -> tuple[Float[Array, "slots rows dim"], KvPool]:
-        normed = self.attention_norm(x)
-        pool = write_rows(pool, *self.keys_values(normed, rope), place.page_table, place.starts, place.page_size)
+    def store(self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place) -> KvPool:
+        """The pool with K and V of features or of block rows."""
+        return self._attention_rows(self.kv.parts(x), pool, rope, place, x.dtype)[1] or pool
+
+    def __call__(self, stream: Stream, rope: tuple[Array, Array], pool: KvPool, place: Place) -> tuple[Stream, KvPool]:
+        stream, normed = stream.normed(self.attention_norm)
+        pool = self.store(normed, rope, pool, place)
+        queries, _ = self._attention_rows(self.q.parts(normed), None, rope, place, normed.dtype)
         mixed = block_attention(
-            self.queries(normed, rope),
+            queries,
             *pool,
             place.page_table,
             place.starts,
@@ -85,7 +88,30 @@ class DrafterLayer(nnx.Module):
             window=self.config.windows[self.index],
             causal=self.config.causal[self.index],
         )
-        return self.finish(x, mixed), pool
+        return self._finish(stream.value, mixed), pool
+
+    def _attention_rows(
+        self, parts: Parts, pool: KvPool | None, rope: tuple[Array, Array], place: Place, dtype: DTypeLike
+    ) -> tuple[Heads, KvPool | None]:
+        """Queries (without a pool) or keys and values alone: they have matrices of their own."""
+        config = self.config
+        heads, kv_heads = (config.num_heads, 0) if pool is None else (0, config.num_kv_heads)
+        norms = HeadNorms(self.q_norm.scale_value, self.k_norm.scale_value, False, config.norm_eps)
+        return attention_rows(
+            parts,
+            pool,
+            place.page_table,
+            place.starts,
+            rope,
+            layout=HeadLayout(heads, kv_heads, config.head_dim, config.head_dim),
+            norms=norms,
+            dtype=dtype,
+            page_size=place.page_size,
+        )
+
+    def _finish(self, x: Float[Array, "slots rows dim"], mixed: Float[Array, "slots rows heads head_dim"]) -> Stream:
+        stream, normed = Stream(x, self.out.parts(mixed.reshape(*x.shape[:2], -1))).normed(self.mlp_norm)
+        return Stream(stream.value, self.mlp.parts(normed))
 
 
 class PathSelector(nnx.Module):
@@ -132,10 +158,7 @@ class Drafter(nnx.Module):
         """
         context = self.context(features)
         rope = rope_tables(self.config.rope, self.config.head_dim, place.positions)
-        return tuple(
-            write_rows(pool, *layer.keys_values(context, rope), place.page_table, place.starts, place.page_size)
-            for layer, pool in zip(self.layers, pools, strict=True)
-        )
+        return tuple(layer.store(context, rope, pool, place) for layer, pool in zip(self.layers, pools, strict=True))
 
     def __call__(
         self, embeddings: Float[Array, "slots rows dim"], pools: Sequence[KvPool], place: Place
@@ -146,11 +169,11 @@ class Drafter(nnx.Module):
         the rows that `read` will overwrite.
         """
         rope = rope_tables(self.config.rope, self.config.head_dim, place.positions)
-        x, new_pools = embeddings, []
+        stream, new_pools = Stream(embeddings), []
         for layer, pool in zip(self.layers, pools, strict=True):
-            x, pool = layer(x, rope, pool, place)
+            stream, pool = layer(stream, rope, pool, place)
             new_pools.append(pool)
-        return self.final_norm(x), tuple(new_pools)
+        return stream.normed(self.final_norm)[1], tuple(new_pools)
 
 
 def block_tokens(anchor: Int[Array, " slots"], config: DrafterConfig, rows: int) -> Int[Array, "slots rows"]:

@@ -1,25 +1,38 @@
-"""What target and drafter share: linear maps in any weights format, RMSNorm, RoPE, gated MLP, KV pool writes."""
+"""What target and drafter share: linear maps in any weights format, the residual stream, gated MLP, RoPE's tables."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dflash_jax.models.config import RopeConfig
+from pallas_kernels.attention_rows.api import KvPool
 from pallas_kernels.quantised_matmul import api as quantised_matmul
+from pallas_kernels.residual_norm import api as residual_norm
+
+__all__ = [
+    "ACTIVATIONS",
+    "GatedMlp",
+    "KvPool",
+    "Linear",
+    "RMSNorm",
+    "SparsePool",
+    "Stream",
+    "Weight",
+    "below",
+    "dense",
+    "rope_tables",
+]
 
 Weight = quantised_matmul.Weight
-KvPool = tuple[Float[Array, "_tokens _kv_heads _head_dim"], Float[Array, "_tokens _kv_heads _head_dim"]]
-"""K and V of one layer: `pages * page_size` rows each, shared by all sequences through page tables.
-
-Layers differ in pages and heads, and K may be narrower than V (the underscores tell jaxtyping so).
-"""
+Parts = Float[Array, "parts slots rows _dim"]
+"""What adds up to the result of a linear map (`quantised_matmul.matmul_parts`)."""
 
 
 class SparsePool(NamedTuple):
@@ -54,17 +67,17 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        product = quantised_matmul.matmul(x, self.weight.get_value())
+        return self._with_bias(quantised_matmul.matmul(x, self.weight.get_value()))
+
+    def parts(self, x: Float[Array, "slots rows _in"]) -> Parts:
+        """The same, not added up yet."""
+        parts = quantised_matmul.matmul_parts(x, self.weight.get_value())
+        return parts if self.bias is None else self._with_bias(residual_norm.sum_of(parts, x.dtype))[None]
+
+    def _with_bias(self, product: Float[Array, "... out"]) -> Float[Array, "... out"]:
         if self.bias is None:
             return product
-        return product + jnp.expand_dims(self.bias.get_value().astype(x.dtype), range(product.ndim - 1))
-
-
-def _mean_square(x: Float[Array, "... dim"]) -> Float[Array, "... 1"]:
-    """Row means whose bits do not depend on the number of rows: XLA sums fewer than 8 rows in another order (CPU)."""
-    rows = x.reshape(-1, x.shape[-1])
-    padded = jnp.pad(rows, ((0, max(0, 8 - len(rows))), (0, 0)))
-    return jnp.mean(jnp.square(padded), axis=-1)[: len(rows)].reshape(*x.shape[:-1], 1)
+        return product + jnp.expand_dims(self.bias.get_value().astype(product.dtype), range(product.ndim - 1))
 
 
 class RMSNorm(nnx.Module):
@@ -75,11 +88,51 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(_mean_square(wide) + self.eps)
-        if self.scale is not None:
-            normed = normed * jnp.expand_dims(self.scale.get_value(), range(x.ndim - 1))
-        return normed.astype(x.dtype)
+        return residual_norm.rms_norm(x, self.scale_value, eps=self.eps)
+
+    @property
+    def scale_value(self) -> Float[Array, " dim"] | None:
+        """What normed numbers are multiplied with."""
+        return None if self.scale is None else self.scale.get_value()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The residual stream of a pass: `value`, and an update that is still to be added.
+
+    A norm reads the stream next, and adds the update on its way. The update is normed by `post_norm` first in families
+    with sandwich norms, and the sum is multiplied with a layer's `factor`.
+    """
+
+    value: Float[Array, "slots rows dim"]
+    update: Float[Array, "parts slots rows dim"] | None = None
+    post_norm: RMSNorm | None = None
+    factor: Float[Array, " 1"] | None = None
+
+    def settled(self) -> Stream:
+        """The stream with its update."""
+        if self.update is None:
+            return self
+        return Stream(residual_norm.add(self.update, self.value, **self._options, eps=self._eps))
+
+    def normed(self, norm: RMSNorm) -> tuple[Stream, Float[Array, "slots rows dim"]]:
+        """The stream with its update, and its norm."""
+        if self.update is None or norm.scale_value is None or self._eps not in (None, norm.eps):
+            settled = self.settled()
+            return settled, norm(settled.value)
+        rows = self.value.reshape(-1, self.value.shape[-1])
+        parts = self.update.reshape(-1, *rows.shape)
+        both = residual_norm.residual_norm(parts, rows, norm.scale_value, **self._options, eps=norm.eps)
+        value, normed = (each.reshape(self.value.shape) for each in both)
+        return Stream(value), normed
+
+    @property
+    def _eps(self) -> float | None:
+        return None if self.post_norm is None else self.post_norm.eps
+
+    @property
+    def _options(self) -> dict[str, Array | None]:
+        return {"post_scale": None if self.post_norm is None else self.post_norm.scale_value, "factor": self.factor}
 
 
 class GatedMlp(nnx.Module):
@@ -90,9 +143,16 @@ class GatedMlp(nnx.Module):
         self.down = Linear(down)
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+    def __call__(self, x: Float[Array, "slots rows dim"]) -> Float[Array, "slots rows dim"]:
+        return self.down(self._gated(x))
+
+    def parts(self, x: Float[Array, "slots rows dim"]) -> Parts:
+        """The same, not added up yet."""
+        return self.down.parts(self._gated(x))
+
+    def _gated(self, x: Float[Array, "slots rows dim"]) -> Float[Array, "slots rows width"]:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(ACTIVATIONS[self.activation](gate) * up)
+        return ACTIVATIONS[self.activation](gate) * up
 
 
 def rope_tables(
@@ -102,59 +162,3 @@ def rope_tables(
     steps = jnp.asarray(rope.inverse_frequencies(head_dim), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * steps[None, None, :]  # [slots, rows, half]
     return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-
-
-def rotate(
-    x: Float[Array, "slots rows heads head_dim"],
-    tables: tuple[Float[Array, "slots rows 1 half"], Float[Array, "slots rows 1 half"]],
-) -> Float[Array, "slots rows heads head_dim"]:
-    """Half-split RoPE: pair (d, d + head_dim / 2) turns by its angle."""
-    cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def turning(x: Float[Array, "... head_dim"], width: int) -> Float[Array, "... width"]:
-    """The dims of each head that RoPE turns, where it turns the first `width / 2` pairs only."""
-    half = x.shape[-1] // 2
-    return jnp.concatenate([x[..., : width // 2], x[..., half : half + width // 2]], axis=-1)
-
-
-def standing(width: int, head_dim: int) -> Bool[np.ndarray, " head_dim"]:
-    """Which dims of a head are not among those."""
-    return np.arange(head_dim) % (head_dim // 2) >= width // 2
-
-
-def write_rows(
-    pool: KvPool,
-    keys: Float[Array, "slots rows kv_heads key_width"],
-    values: Float[Array, "slots rows kv_heads head_dim"],
-    page_table: Int[Array, "slots pages"],
-    starts: Int[Array, " slots"],
-    page_size: int,
-    *,
-    ring: bool = False,
-) -> KvPool:
-    """Puts the rows at token indices `starts..` of each slot.
-
-    Rows past a slot's last page land in page 0, which nobody reads; a ring of pages goes round instead.
-    """
-    slots, rows = keys.shape[:2]
-    index = starts[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]  # [slots, rows]
-    page_number = index // page_size
-    if ring:
-        page_number = page_number % page_table.shape[1]
-    inside = page_number < page_table.shape[1]
-    page = jnp.take_along_axis(page_table, jnp.where(inside, page_number, 0), axis=1)
-    target = jnp.where(inside, page * page_size + index % page_size, index % page_size).reshape(slots * rows)
-
-    # XLA turns a scatter of one row into an update that copies the whole pool (CPU, jax 0.10); the same row twice stays
-    # in place.
-    twice = 2 if slots * rows == 1 else 1
-    target = jnp.tile(target, twice)
-
-    def put(old: Array, new: Array) -> Array:
-        flat = jnp.tile(new.reshape(slots * rows, *new.shape[2:]).astype(old.dtype), (twice, 1, 1))
-        return old.at[target].set(flat, mode="promise_in_bounds")
-
-    return put(pool[0], keys), put(pool[1], values)

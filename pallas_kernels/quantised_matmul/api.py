@@ -29,6 +29,7 @@ __all__ = [
     "concatenate",
     "dequantise",
     "matmul",
+    "matmul_parts",
     "pack_w4",
     "quantise_w4",
     "quantise_w8",
@@ -57,6 +58,22 @@ def matmul(x: Float[Array, "... K"], weight: Weight, *, implementation: str | No
     if implementation == "reference":
         return reference.matmul(x, weight)
     raise NotImplementedError(f"matmul has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
+
+
+def matmul_parts(
+    x: Float[Array, "... K"], weight: Weight, *, implementation: str | None = None
+) -> Float[Array, "parts ... N"]:
+    """What adds up to `x @ weight.T`: for operations that add it up themselves while they read it.
+
+    On Triton in f32, one part for every share of the inputs; else one part in the dtype of x. The rest is as in
+    `matmul`, but that few rows of a dense weight go to Triton too.
+    """
+    _check(x, weight)
+    rows = math.prod(x.shape[:-1])
+    fits = jax.default_backend() == "gpu" and triton.why_not(rows, x.dtype, weight) is None
+    if implementation == "triton" or (implementation is None and fits):
+        return triton.matmul_parts(x, weight)
+    return matmul(x, weight, implementation=implementation)[None]
 
 
 def _default(x: Array, weight: Weight) -> str:

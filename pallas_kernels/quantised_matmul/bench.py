@@ -59,7 +59,7 @@ def tune(case: MatmulCase, end: float) -> tuple[str, triton.Config, dict[str, An
     row = {"case": case.name, "us": round(1e6 * best, 1), "first_us": round(1e6 * times[0][0], 1), "tried": len(times)}
     row = {**row, "bytes": case.bytes, "config": vars(config)}
     print(json.dumps(row), flush=True)
-    return triton.key(weight, blocks), config, row
+    return triton.key(weight, blocks * BLOCK), config, row
 
 
 def random(case: MatmulCase) -> tuple[jax.Array, W4 | W8]:

@@ -1,11 +1,12 @@
-"""Quantised matmul of few rows as Pallas Triton kernels: the weight is read once, at the speed of the memory.
+"""Linear maps of few rows as Pallas Triton kernels: the weight is read once, at the speed of the memory.
 
 One program makes a tile of outputs for all rows from one share of the inputs (splits put more programs to work than
-there are tiles; XLA adds them in order and fuses that with what follows).
+there are tiles; what follows adds them up in order).
 
-    grid (output tiles, splits)     for each block of 128 inputs of the split:
-      w4   words [32, TILE] int16 -> 4 planes of weights bf16 [32, TILE] -> 4 dots with x [rows, 32] -> add
-      w8   values [TILE, 128] int8 -> bf16 -> dot with x [rows, 128] -> add; scale at the end
+    grid (output tiles, splits)     for each block of inputs of the split:
+      w4      words [32, TILE] int16 -> 4 planes of weights bf16 [32, TILE] -> 4 dots with x [rows, 32] -> add
+      w8      values [TILE, 128] int8 -> bf16 -> dot with x [rows, 128] -> add; scale at the end
+      dense   values [TILE, 128] bf16 -> dot with x [rows, 128] -> add
 
 A nibble n becomes the bf16 number 128 + n by OR with 0x4300, two nibbles an instruction; one fused multiply-add takes
 136 away (128, and the 8 that a nibble is off by) and another one multiplies with the scale, which was rounded from f16
@@ -32,6 +33,8 @@ from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight
 MOST_ROWS = 64
 """Beyond it a dense weight and the big matmul are faster."""
 _TILES = (128, 64, 32)
+_BLOCKS = (128, 64, 32)
+"""Inputs that a program looks at together, of weights that lie row by row."""
 _ROW_TILE = 16
 _PROGRAMS = 396
 """Programs to aim at: three for each of an H100's 132 multiprocessors."""
@@ -51,46 +54,60 @@ class Config:
 def matmul(
     x: Float[Array, "... K"], weight: Weight, *, config: Config | None = None, interpret: bool = False
 ) -> Float[Array, "... N"]:
-    """`x @ weight.T` in the dtype of x, bf16. Raises NotImplementedError for what the kernels do not take.
+    """`x @ weight.T` in the dtype of x, bf16. Raises NotImplementedError for what the kernels do not take."""
+    return jnp.sum(matmul_parts(x, weight, config=config, interpret=interpret), axis=0).astype(x.dtype)
+
+
+def matmul_parts(
+    x: Float[Array, "... K"], weight: Weight, *, config: Config | None = None, interpret: bool = False
+) -> Float[Array, "parts ... N"]:
+    """What adds up to `x @ weight.T`, in f32. Raises NotImplementedError for what the kernels do not take.
 
     Without a config, that of tuned.json for this shape, or one that puts enough programs to work.
     """
-    if not isinstance(weight, W4 | W8):
-        raise NotImplementedError(f"matmul on Triton takes W4 and W8 weights, got {type(weight).__name__}")
     rows = x.reshape(-1, x.shape[-1])
     reason = why_not(rows.shape[0], x.dtype, weight)
     if reason:
         raise NotImplementedError(f"matmul on Triton {reason}")
     count, columns = rows.shape
     padded_rows = max(_ROW_TILE, 1 << (count - 1).bit_length())
-    blocks = -(-columns // BLOCK)
-    rows = jnp.pad(rows, ((0, padded_rows - count), (0, blocks * BLOCK - columns)))
-    config = config or _config(weight, blocks)
-    if isinstance(weight, W4):
-        product = _run_w4(rows, weight, config, interpret)
-    else:
-        product = _run_w8(rows, weight, config, interpret)
-    return product[:count].astype(x.dtype).reshape(*x.shape[:-1], -1)
+    block = _block(weight, columns)
+    blocks = -(-columns // block)
+    rows = jnp.pad(rows, ((0, padded_rows - count), (0, blocks * block - columns)))
+    run = _run_w4 if isinstance(weight, W4) else _run_rows
+    parts = run(rows, weight, config or _config(weight, blocks, block), interpret)
+    return parts[:, :count].reshape(-1, *x.shape[:-1], parts.shape[-1])
 
 
-def why_not(rows: int, dtype: Any, weight: W4 | W8) -> str | None:
+def why_not(rows: int, dtype: Any, weight: Weight) -> str | None:
     """What the kernels cannot take about these arguments, as the end of a sentence; None when they can."""
-    outputs = weight.scales.shape[-1]
+    outputs = _outputs(weight)
     if rows > MOST_ROWS:
         return f"takes {MOST_ROWS} rows at most, got {rows}"
     if dtype != jnp.bfloat16:
         return f"takes bf16 rows, got {dtype}"
     if outputs % _TILES[-1]:
         return f"takes a multiple of {_TILES[-1]} outputs, got {outputs}"
-    if isinstance(weight, W8) and weight.values.shape[1] % 32:
-        return f"takes a multiple of 32 inputs, got {weight.values.shape[1]}"
+    if isinstance(weight, W8) and weight.values.shape[1] % _BLOCKS[-1]:
+        return f"takes a multiple of {_BLOCKS[-1]} inputs, got {weight.values.shape[1]}"
+    if not isinstance(weight, W4 | W8) and (weight.dtype != jnp.bfloat16 or weight.shape[1] % _BLOCKS[-1]):
+        return f"takes dense weights of bf16 with a multiple of {_BLOCKS[-1]} inputs, got {weight.dtype}{weight.shape}"
     return None
 
 
-def key(weight: W4 | W8, blocks: int) -> str:
+def _outputs(weight: Weight) -> int:
+    return weight.scales.shape[-1] if isinstance(weight, W4 | W8) else weight.shape[0]
+
+
+def _block(weight: Weight, columns: int) -> int:
+    """Inputs that a program looks at together."""
+    return BLOCK if isinstance(weight, W4) else next(block for block in _BLOCKS if columns % block == 0)
+
+
+def key(weight: Weight, inputs: int) -> str:
     """What tuned.json calls a shape."""
-    name = f"w4 by {weight.group_size}" if isinstance(weight, W4) else "w8"
-    return f"{name}, {blocks * BLOCK} -> {weight.scales.shape[-1]}"
+    name = f"w4 by {weight.group_size}" if isinstance(weight, W4) else "w8" if isinstance(weight, W8) else "bf16"
+    return f"{name}, {inputs} -> {_outputs(weight)}"
 
 
 @functools.cache
@@ -99,51 +116,50 @@ def _tuned() -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _config(weight: W4 | W8, blocks: int) -> Config:
+def _config(weight: Weight, blocks: int, block: int) -> Config:
     device = jax.devices()[0].device_kind
-    known = _tuned().get(device, {}).get(key(weight, blocks))
+    known = _tuned().get(device, {}).get(key(weight, blocks * block))
     if known:
         return Config(**known)
-    outputs = weight.scales.shape[-1]
-    tile = next(tile for tile in _TILES if outputs % tile == 0)
+    outputs = _outputs(weight)
+    tile = next(tile for tile in (_TILES if isinstance(weight, W4 | W8) else _TILES[1:]) if outputs % tile == 0)
     # The fewest shares of the inputs with which there are programs enough; at least two blocks each.
     wanted = max(1, min(-(-_PROGRAMS // (outputs // tile)), blocks // 2))
-    splits = next((count for count in range(wanted, blocks + 1) if blocks % count == 0), 1)
+    splits = next((count for count in range(wanted, blocks // 2 + 1) if blocks % count == 0), None)
+    splits = splits or next(count for count in range(wanted, 0, -1) if blocks % count == 0)
     return Config(tile, splits)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def _run_w4(rows: Array, weight: W4, config: Config, interpret: bool) -> Float[Array, "rows N"]:
+def _run_w4(rows: Array, weight: W4, config: Config, interpret: bool) -> Float[Array, "parts rows N"]:
     outputs = weight.packed.shape[1]
     share = rows.shape[1] // BLOCK // config.splits
     kernel = functools.partial(
         _w4_kernel, tile=config.tile, share=share, per_plane=weight.group_size != BLOCK, interpret=interpret
     )
-    shape = (config.splits, len(rows), outputs)
-    parts = _call(kernel, 3, shape, outputs, config, interpret, "w4_matmul")(rows, weight.packed, weight.scales)
-    return jnp.sum(parts, axis=0)
+    return _call(kernel, 3, len(rows), outputs, config, interpret, "w4_matmul")(rows, weight.packed, weight.scales)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
-def _run_w8(rows: Array, weight: W8, config: Config, interpret: bool) -> Float[Array, "rows N"]:
-    outputs, columns = weight.values.shape
-    share = rows.shape[1] // BLOCK // config.splits
-    kernel = functools.partial(_w8_kernel, tile=config.tile, share=share, columns=columns)
-    shape = (config.splits, outputs, len(rows))
-    parts = _call(kernel, 2, shape, outputs, config, interpret, "w8_matmul")(rows.T, weight.values)
-    return (jnp.sum(parts, axis=0) * weight.scales[:, None]).T
+def _run_rows(rows: Array, weight: W8 | Array, config: Config, interpret: bool) -> Float[Array, "parts rows N"]:
+    """A weight that lies row by row: dense or w8."""
+    values, *scales = (weight.values, weight.scales) if isinstance(weight, W8) else (weight,)
+    block = _block(weight, rows.shape[1])
+    share = rows.shape[1] // block // config.splits
+    kernel = functools.partial(_rows_kernel, tile=config.tile, share=share, block=block)
+    return _call(kernel, 2 + len(scales), len(rows), len(values), config, interpret, "rows_matmul")(
+        rows, values, *scales
+    )
 
 
-def _call(
-    kernel: Any, arguments: int, shape: tuple[int, ...], outputs: int, config: Config, interpret: bool, name: str
-) -> Any:
+def _call(kernel: Any, arguments: int, rows: int, outputs: int, config: Config, interpret: bool, name: str) -> Any:
     whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
     return pl.pallas_call(
         kernel,
         grid=(outputs // config.tile, config.splits),
         in_specs=[whole] * arguments,
         out_specs=whole,
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((config.splits, rows, outputs), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name=name,
@@ -187,18 +203,17 @@ def _plane(words, scales, plane: int, interpret: bool):
     )[0]
 
 
-def _w8_kernel(x_ref, values_ref, out_ref, *, tile: int, share: int, columns: int) -> None:
+def _rows_kernel(x_ref, values_ref, *refs, tile: int, share: int, block: int) -> None:
+    *scales_refs, out_ref = refs
     column, split = pl.program_id(0), pl.program_id(1)
     outputs = pl.ds(column * tile, tile)
-    rows = x_ref.shape[1]
 
     def visit(number, total):
-        start = (split * share + number) * BLOCK
-        inputs = pl.ds(start, BLOCK)
-        inside = start + jax.lax.broadcasted_iota(jnp.int32, (tile, BLOCK), 1) < columns
-        mask = {} if columns % BLOCK == 0 else {"mask": inside, "other": jnp.int8(0)}
-        values = plt.load(values_ref.at[outputs, inputs], **mask).astype(jnp.bfloat16)
-        return total + plt.dot(values, plt.load(x_ref.at[inputs, :]))
+        inputs = pl.ds((split * share + number) * block, block)
+        values = plt.load(values_ref.at[outputs, inputs]).astype(jnp.bfloat16)
+        return total + plt.dot(plt.load(x_ref.at[:, inputs]), values, trans_b=True)
 
-    total = jax.lax.fori_loop(0, share, visit, jnp.zeros((tile, rows), jnp.float32))
-    plt.store(out_ref.at[split, outputs, :], total)
+    total = jax.lax.fori_loop(0, share, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
+    for scales_ref in scales_refs:
+        total *= plt.load(scales_ref.at[outputs])[None, :]
+    plt.store(out_ref.at[split, :, outputs], total)

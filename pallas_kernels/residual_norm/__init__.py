@@ -1,0 +1,1 @@
+"""The residual stream with what a layer adds to it, and its RMSNorm."""
