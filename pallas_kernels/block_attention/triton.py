@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.combine import combine
-from pallas_kernels.online_softmax import LEAST_TILE, TILE_NUMBERS, add_keys, no_sums, precision_of
+from pallas_kernels.online_softmax import LEAST_TILE, TILE_NUMBERS, add_keys, no_sums, precision_of, step_size
 from pallas_kernels.paged import why_not
 
 _KEY_BLOCK = 64
@@ -58,7 +58,7 @@ def block_attention(
     most = min(_TILE, max(LEAST_TILE, TILE_NUMBERS // head_dim))
     tile = min(most, max(LEAST_TILE, pl.next_power_of_2(rows * group)))
     tiles = -(-rows * group // tile)
-    key_block = min(_KEY_BLOCK, page_size)
+    key_block = step_size(min(_KEY_BLOCK, page_size), key_pool.shape[2] + head_dim, key_pool.dtype)
     splits = _splits(batch * kv_heads * tiles, page_table.shape[1] * page_size // key_block)
     stacked = queries.reshape(batch, rows, kv_heads, group, width).transpose(0, 2, 1, 3, 4)
     stacked = stacked.reshape(batch, kv_heads, rows * group, width).astype(key_pool.dtype)
