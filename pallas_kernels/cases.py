@@ -12,6 +12,9 @@ import numpy as np
 from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8
 from pallas_kernels.sparse_attention.selection import Selection, SelectionRule, query_block_rows
 
+Seed = int | np.random.Generator
+"""What the numbers of a case are drawn with."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
@@ -32,7 +35,7 @@ class AttentionCase:
     key_dim: int | None = None
     """Numbers of a key beside those of its value, in the compact form."""
 
-    def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments; pages of a slot are scattered over the pool."""
         generator = np.random.default_rng(seed)
         slots, dtype = len(self.lengths), jnp.dtype(self.dtype)
@@ -92,7 +95,7 @@ class ScoringCase:
     dtype: str = "float32"
     reduce: str = "mean"
 
-    def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments."""
         generator = np.random.default_rng(seed)
         dtype = jnp.dtype(self.dtype)
@@ -130,7 +133,7 @@ class SelectionCase:
     dtype: str = "float32"
     key_dim: int | None = None
 
-    def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments; scores of one query block spread so that few percent of 1,024 are kept."""
         generator = np.random.default_rng(seed)
         dtype, slots = jnp.dtype(self.dtype), len(self.starts)
@@ -179,7 +182,7 @@ class SparseCase:
     dtype: str = "float32"
     key_dim: int | None = None
 
-    def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments; blocks are drawn at random, the query block's own are always among them."""
         dense = AttentionCase(
             self.name,
@@ -246,7 +249,7 @@ class MatmulCase:
     group_size: int = 32
     dtype: str = "bfloat16"
 
-    def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments; random words, every nibble and scale of its own."""
         generator = np.random.default_rng(seed)
         x = generator.standard_normal((self.rows, self.inputs), np.float32)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 LEAST_TILE = 16
 """Tensor cores take 16 rows."""
 TILE_NUMBERS = 16_384
 """A tile's sums are so many f32 numbers at most, or they spill."""
+STEP_BYTES = 131_072
+"""What a step of a loop reads at most: it lies in shared memory (227 KiB on an H100) beside the tile."""
 LOWEST = -1e30
 """Stands for minus infinity: a difference of two of them is a number."""
 
@@ -38,6 +41,12 @@ def add_keys(
     keep = jnp.exp(highest - new_highest)
     part = plt.dot(weights.astype(value.dtype), value, precision=precision_of(value))
     return new_highest, total * keep + jnp.sum(weights, axis=1, keepdims=True), mixed * keep + part
+
+
+def step_size(most: int, width: int, dtype: DTypeLike) -> int:
+    """How many keys a step reads, a power of two: `most`, or fewer if `width` numbers of each are too many bytes."""
+    fitting = STEP_BYTES // (width * jnp.dtype(dtype).itemsize)
+    return min(most, 1 << (fitting.bit_length() - 1))
 
 
 def precision_of(array: Array) -> jax.lax.Precision | None:

@@ -23,6 +23,7 @@ from pallas_kernels.cases import (
     SMALL_SCORING,
     SMALL_SELECTION,
     SMALL_SPARSE,
+    Seed,
 )
 from pallas_kernels.quantised_matmul.api import matmul
 from pallas_kernels.sparse_attention.api import attend_blocks, select_blocks
@@ -56,9 +57,34 @@ class Case(Protocol):
         """That must be computed; a multiplication and an addition are two."""
         ...
 
-    def arguments(self, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments."""
         ...
+
+
+class _NoNumbers(np.random.Generator):
+    """Arrays of zeros instead of numbers; those of jax, which `jax.eval_shape` makes without memory."""
+
+    def standard_normal(self, size: Any, dtype: Any) -> Any:
+        return jnp.zeros(size, dtype)
+
+    def integers(self, low: int, high: int, size: Any, dtype: Any) -> Any:
+        return jnp.zeros(size, dtype)
+
+    def uniform(self, low: float, high: float, size: Any) -> Any:
+        return jnp.zeros(size, jnp.float32)
+
+
+def shapes(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A case's arguments with shapes and dtypes instead of arrays: enough to compile with, however large they are."""
+    keywords: dict[str, Any] = {}
+
+    def positional() -> tuple[Any, ...]:
+        arrays, given = case.arguments(_NoNumbers(np.random.PCG64()))
+        keywords.update(given)
+        return arrays
+
+    return jax.eval_shape(positional), keywords
 
 
 def largest_difference(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -116,6 +142,11 @@ class Limits:
         return max(case.bytes / self.bandwidth, case.flops / self.flops)
 
 
+def in_f32(arguments: Any) -> Any:
+    """The same arguments with every floating-point array in f32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, arguments)
+
+
 def measure(operation: Operation, case: Case, limits: Limits | None) -> dict[str, Any]:
     """Error and time of a case on the default device: Triton on a GPU, elsewhere what the operation picks itself.
 
@@ -127,8 +158,7 @@ def measure(operation: Operation, case: Case, limits: Limits | None) -> dict[str
     kernel = functools.partial(operation.function, **keywords, implementation="triton" if on_gpu else None)
     reference = functools.partial(operation.function, **keywords, implementation="reference")
     with jax.default_matmul_precision("highest"):
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, positional)
-        expected = np.asarray(jax.jit(reference)(*wide), np.float32)
+        expected = np.asarray(jax.jit(reference)(*in_f32(positional)), np.float32)
     actual = np.asarray(jax.jit(kernel)(*positional), np.float32)
     error, tolerance = operation.error(actual, expected), _TOLERANCES.get(case.dtype, _TOLERANCE)
     first, *rest = positional

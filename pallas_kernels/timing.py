@@ -18,13 +18,13 @@ def copies_of(arguments: Any, size: int, most: int) -> list[Any]:
     return [arguments, *(jax.tree.map(jnp.copy, arguments) for _ in range(min(most - 1, _CACHE // max(size, 1))))]
 
 
-def seconds_per_call(
-    function: Callable[..., jax.Array], first: jax.Array, sets: Sequence[Sequence[Any]], repeats: int = 10
-) -> float:
-    """Seconds of `function(first, *arguments)` inside one program, so that dispatch does not count.
+def repeated(
+    function: Callable[..., jax.Array], repeats: int
+) -> Callable[[jax.Array, Sequence[Sequence[Any]]], jax.Array]:
+    """One program of `repeats` rounds of `function(first, *arguments)`, so that dispatch does not count.
 
-    The calls go through the sets of other arguments in turn, and each waits for the one before. All of a result is
-    used: XLA leaves out what nobody reads.
+    A round goes through the sets of other arguments in turn, and each call waits for the one before. All of a result
+    is used: XLA leaves out what nobody reads.
     """
 
     @jax.jit
@@ -36,6 +36,14 @@ def seconds_per_call(
 
         return jax.lax.fori_loop(0, repeats, again, first)
 
+    return many
+
+
+def seconds_per_call(
+    function: Callable[..., jax.Array], first: jax.Array, sets: Sequence[Sequence[Any]], repeats: int = 10
+) -> float:
+    """Seconds of `function(first, *arguments)` with each of the sets of other arguments, by the program above."""
+    many = repeated(function, repeats)
     jax.block_until_ready(many(first, sets))
     best = float("inf")
     for _ in range(3):

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.online_softmax import LEAST_TILE, LOWEST, TILE_NUMBERS, add_keys, no_sums, precision_of
+from pallas_kernels.online_softmax import LEAST_TILE, LOWEST, TILE_NUMBERS, add_keys, no_sums, precision_of, step_size
 from pallas_kernels.paged import why_not
 from pallas_kernels.sparse_attention.selection import (
     Selection,
@@ -35,7 +35,7 @@ from pallas_kernels.sparse_attention.selection import (
 )
 
 _MEANS, _KEYS = 64, 64
-"""Means, and keys, of one step of the loops."""
+"""Means, and keys, of one step of the loops, at most."""
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "rule", "key_dim", "interpret"))
@@ -63,7 +63,8 @@ def select_blocks(
     size, blocks = query_block_rows(rows, rule.block_size)
     tile, padded = _tiles(size, max(widths))
     stacked = in_query_blocks(queries.astype(means.dtype), size, blocks, padded)
-    means = jnp.pad(means, ((0, 0), (0, -num_blocks % _MEANS), (0, 0), (0, 0)))
+    step_means = step_size(_MEANS, width, means.dtype)
+    means = jnp.pad(means, ((0, 0), (0, -num_blocks % step_means), (0, 0), (0, 0)))
     places = means.shape[1]
     query_parts, mean_parts = jnp.split(stacked, cuts, axis=-1), jnp.split(means, cuts, axis=-1)
     whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
@@ -84,6 +85,7 @@ def select_blocks(
             tiles=padded // tile,
             num_blocks=num_blocks,
             places=places,
+            step_means=step_means,
             group=heads // kv_heads,
             scale=scale,
             rule=rule,
@@ -148,6 +150,7 @@ def attend_blocks(
             group=heads // kv_heads,
             page_size=page_size,
             block_size=block_size,
+            part=step_size(min(_KEYS, block_size), key_pool.shape[2] + head_dim, key_pool.dtype),
             scale=scale,
             compact=compact,
         ),
@@ -177,6 +180,7 @@ def _select_kernel(
     tiles: int,
     num_blocks: int,
     places: int,
+    step_means: int,
     group: int,
     scale: float,
     rule: SelectionRule,
@@ -190,19 +194,19 @@ def _select_kernel(
     last = jnp.minimum(jnp.minimum(first + size, start + rows), length) - 1
     end = jnp.minimum(jax.lax.div(last, rule.block_size) + 1, num_blocks)
     end = jnp.where(first < length, end, 0)
-    steps = jax.lax.div(end + _MEANS - 1, _MEANS)
+    steps = jax.lax.div(end + step_means - 1, step_means)
 
     def numbers(step):
-        return step * _MEANS + jax.lax.broadcasted_iota(jnp.int32, (_MEANS,), 0)
+        return step * step_means + jax.lax.broadcasted_iota(jnp.int32, (step_means,), 0)
 
     def masses(step):
         """The largest score of the step's blocks, and each block's mass relative to it."""
-        means = [plt.load(ref.at[slot, pl.ds(step * _MEANS, _MEANS), kv_head, :]) for ref in mean_refs]
+        means = [plt.load(ref.at[slot, pl.ds(step * step_means, step_means), kv_head, :]) for ref in mean_refs]
         first_key = numbers(step)[None, :] * rule.block_size
 
         def add(index, state):
             highest, mass = state
-            scores = jnp.zeros((tile, _MEANS), jnp.float32)
+            scores = jnp.zeros((tile, step_means), jnp.float32)
             for query_ref, mean in zip(query_refs, means, strict=True):
                 query = plt.load(query_ref.at[pl.ds(index * tile, tile), :])
                 scores += plt.dot(query, mean, trans_b=True, precision=precision_of(query))
@@ -214,7 +218,7 @@ def _select_kernel(
             part = jnp.sum(jnp.where(seen, jnp.exp(scores - new_highest), 0.0), axis=0)
             return new_highest, mass * jnp.exp(highest - new_highest) + part
 
-        return jax.lax.fori_loop(0, tiles, add, (jnp.float32(LOWEST), jnp.zeros((_MEANS,), jnp.float32)))
+        return jax.lax.fori_loop(0, tiles, add, (jnp.float32(LOWEST), jnp.zeros((step_means,), jnp.float32)))
 
     def find_largest(step, state):
         highest, largest = state
@@ -251,6 +255,7 @@ def _attend_kernel(
     group: int,
     page_size: int,
     block_size: int,
+    part: int,
     scale: float,
     compact: bool,
 ) -> None:
@@ -263,7 +268,6 @@ def _attend_kernel(
     precision = precision_of(query)
     row = number * size + jax.lax.rem(place, tiles) * tile
     token = starts_ref[slot] + row + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
-    part = min(_KEYS, block_size)
     parts = block_size // part
     turns = counts_ref[slot, number, head] * parts
 

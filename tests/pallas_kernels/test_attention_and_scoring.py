@@ -21,6 +21,8 @@ from pallas_kernels.cases import (
     AttentionCase,
     ScoringCase,
 )
+from pallas_kernels.online_softmax import step_size
+from pallas_kernels.operations import OPERATIONS, Operation, shapes
 from pallas_kernels.token_scoring import api as token_scoring
 from pallas_kernels.token_scoring import triton as scoring_triton
 
@@ -140,14 +142,29 @@ def lower(function: Any, arguments: tuple[Any, ...]) -> str:
 
 @pytest.mark.parametrize("case", [*SMALL_ATTENTION, *LARGE_ATTENTION], ids=lambda case: case.name)
 def test_attention_lowers_for_cuda(case: AttentionCase) -> None:
-    positional, keywords = case.arguments()
+    positional, keywords = shapes(case)
     assert "triton" in lower(functools.partial(attention_triton.block_attention, **keywords), positional)
 
 
-@pytest.mark.parametrize("case", [*SMALL_SCORING, LARGE_SCORING[0]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SMALL_SCORING, *LARGE_SCORING], ids=lambda case: case.name)
 def test_scoring_lowers_for_cuda(case: ScoringCase) -> None:
-    positional, keywords = case.arguments()
+    positional, keywords = shapes(case)
     assert "triton" in lower(functools.partial(scoring_triton.token_scores, **keywords), positional)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_shapes_are_those_of_the_arguments(operation: Operation) -> None:
+    for case in operation.small:
+        positional, keywords = case.arguments()
+        expected = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), positional)
+        assert shapes(case) == (expected, keywords)
+
+
+def test_a_step_reads_fewer_keys_where_they_are_wide() -> None:
+    assert step_size(64, 512 + 512, jnp.bfloat16) == 64  # 128 KiB
+    assert step_size(64, 512 + 512, jnp.float32) == 32
+    assert step_size(64, 512 + 128, jnp.float32) == 32  # 51 would fit
+    assert step_size(16, 512 + 128, jnp.float32) == 16
 
 
 def test_what_triton_cannot_take_is_named() -> None:

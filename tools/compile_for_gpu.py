@@ -1,0 +1,120 @@
+"""Compiles every kernel case for an H100, on a machine that has none.
+
+    pip install "jax[cuda12]"   # or cuda13, of the version of jax that is there
+    python tools/compile_for_gpu.py [--operation NAME] [--case NAME] [--measured] [--hlo FOLDER]
+
+All of XLA, Triton and ptxas runs, so this finds what lowering does not: more shared memory than the card has,
+instructions that ptxas refuses, registers that spill. Nothing is executed. Prints a line per program and exits with
+status 1 if one does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from pallas_kernels.operations import OPERATIONS, Case, Operation, in_f32, shapes
+from pallas_kernels.timing import copies_of, repeated
+
+_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+_COMPILERS = ("nvidia.cuda_nvcc", "nvidia.cu13")
+_THREADS = 2
+_REFUSE_SPILLS = "xla_gpu_fail_ptx_compilation_on_register_spilling"
+
+Program = tuple[str, Callable[..., Any], tuple[Any, ...]]
+"""What it is, a function, and the shapes of its arguments."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operation", choices=[each.name for each in OPERATIONS])
+    parser.add_argument("--case", help="the cases of this name only")
+    parser.add_argument("--measured", action="store_true", help="everything that a measurement compiles")
+    parser.add_argument("--hlo", type=Path, metavar="FOLDER", help="write each program as XLA optimised it")
+    arguments = parser.parse_args()
+    if not (_installed(_PLUGINS) and _installed(_COMPILERS)):
+        sys.exit(f'There is no compiler for NVIDIA cards here: pip install "jax[cuda12]=={jax.__version__}"')
+    todo = [
+        (f"{operation.name}, {case.name}: {name}", function, specs)
+        for operation in OPERATIONS
+        for case in (*operation.small, *operation.large)
+        if arguments.operation in (None, operation.name) and arguments.case in (None, case.name)
+        for name, function, specs in _programs(operation, case, measured=arguments.measured)
+    ]
+    if not todo:
+        sys.exit(f"There is no case {arguments.case!r}.")
+    jax.config.update("jax_platforms", "cpu")  # or the plug-in asks for a driver
+    device = topologies.get_topology_desc(
+        "", platform="cuda", topology="1x1x1", target_config=Path(__file__).with_name("h100.txtpb").read_text()
+    ).devices[0]
+    # Kernels look their tuned tiles up by the first device of jax.
+    with mock.patch.object(jax, "devices", lambda: [device]), ThreadPoolExecutor(_THREADS) as pool:
+        done = pool.map(functools.partial(_compile, device=device, folder=arguments.hlo), todo)
+        failed = 0
+        for (name, *_), (report, ok) in zip(todo, done, strict=True):
+            print(f"{name}: {report}", flush=True)
+            failed += not ok
+    print(f"{failed} of {len(todo)} programs do not compile")
+    sys.exit(1 if failed else 0)
+
+
+def _installed(modules: tuple[str, ...]) -> bool:
+    """Whether one of these is there. A name is looked up only if its package exists, or find_spec raises."""
+    find = importlib.util.find_spec
+    return any(find(name.split(".")[0]) and find(name) for name in modules)
+
+
+def _programs(operation: Operation, case: Case, *, measured: bool) -> Iterator[Program]:
+    """The Triton kernel; with `measured`, everything that `pallas_kernels.operations.measure` compiles."""
+    positional, keywords = shapes(case)
+    kernel = functools.partial(operation.function, **keywords, implementation="triton")
+    yield "kernel", kernel, positional
+    if not measured:
+        return
+    reference = functools.partial(operation.function, **keywords, implementation="reference")
+    first, *rest = positional
+    sets = jax.eval_shape(lambda arrays: copies_of(arrays, case.bytes, most=4), rest)
+    yield "timed kernel", repeated(kernel, 10), (first, sets)
+    yield "timed reference", repeated(reference, 10), (first, sets)
+    yield "reference", jax.default_matmul_precision("highest")(reference), jax.eval_shape(in_f32, positional)
+
+
+def _compile(program: Program, *, device: jax.Device, folder: Path | None) -> tuple[str, bool]:
+    """What to say about a program, and whether it compiles."""
+    name, function, specs = program
+    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.core_count, platform="gpu")
+    abstract = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=kind)
+    sharding = NamedSharding(Mesh([device], ("device",)), PartitionSpec())
+    specs = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding), specs)
+    started = time.perf_counter()
+    try:
+        with use_abstract_mesh(abstract):
+            lowered = jax.jit(function).trace(*specs).lower(lowering_platforms=("cuda",))
+        try:
+            compiled, remark = lowered.compile({_REFUSE_SPILLS: True}), ""
+        except jax.errors.JaxRuntimeError as error:
+            if "register spilling" not in str(error):
+                raise
+            compiled, remark = lowered.compile(), ", registers spill"
+    except Exception as error:  # whatever stage refuses a program, the others are still to be tried
+        return f"{type(error).__name__}: {error}"[:300], False
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.hlo").write_text(compiled.as_text())
+    return f"ok, {time.perf_counter() - started:.1f} s{remark}", True
+
+
+if __name__ == "__main__":
+    main()
