@@ -7,13 +7,12 @@ remains in sequence is looking up, row by row, the winner after the winner.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.models.decoder import Decoder
 from dflash_jax.models.drafter import PathSelector
-from dflash_jax.speculate.sampling import greedy
+from pallas_kernels.best_tokens.api import best_tokens
 
 CANDIDATES = 8
 """Tokens of a row that a path may take."""
@@ -24,13 +23,12 @@ def choose_path(
 ) -> Int[Array, "slots rows"]:
     """Proposals for the rows after the anchor, from the drafter's hidden states of these rows."""
     slots, rows, _ = hidden.shape
-    candidates = _best(target.project(hidden))  # [slots, rows, K]
+    logits = target.project(hidden).reshape(slots * rows, -1)
+    candidates = best_tokens(logits, count=min(CANDIDATES, logits.shape[1])).reshape(slots, rows, -1)
     first = jnp.broadcast_to(anchor[:, None, None], (slots, 1, candidates.shape[-1]))
     before = jnp.concatenate([first, candidates[:, :-1]], axis=1)
-    corrected = selector(
-        jnp.broadcast_to(hidden[:, :, None], (*before.shape, hidden.shape[-1])),
-        target.embed(before.reshape(slots, -1)).reshape(*before.shape, -1),
-    )
+    embedded = target.embed(before.reshape(slots, -1)).reshape(*before.shape, -1)
+    corrected = selector(hidden[:, :, None], embedded)
     directions = target.head_rows(candidates.reshape(slots, -1)).reshape(*before.shape, -1)
     scores = jnp.einsum("srad,srbd->srab", corrected, directions, preferred_element_type=jnp.float32)
     winner = jnp.argmax(scores, axis=-1)  # [slots, rows, K]: the best candidate after each candidate of the row before
@@ -39,15 +37,3 @@ def choose_path(
         taken = jnp.take_along_axis(winner[:, row], taken[:, None], axis=1)[:, 0]
         chosen.append(jnp.take_along_axis(candidates[:, row], taken[:, None], axis=1)[:, 0])
     return jnp.stack(chosen, axis=1)
-
-
-def _best(logits: Float[Array, "slots rows vocab"]) -> Int[Array, "slots rows candidates"]:
-    """Ids of the largest logits, largest first."""
-
-    def take(left: Array, _: None) -> tuple[Array, Array]:
-        token = greedy(left)
-        slot, row = jnp.indices(token.shape, sparse=True)
-        return left.at[slot, row, token].set(-jnp.inf), token
-
-    _, tokens = jax.lax.scan(take, logits, length=min(CANDIDATES, logits.shape[-1]))
-    return jnp.moveaxis(tokens, 0, -1)

@@ -1,0 +1,1 @@
+"""The few largest of many logits."""

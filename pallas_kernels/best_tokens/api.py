@@ -1,0 +1,27 @@
+"""The few largest of many logits: the public name."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.best_tokens import reference, triton
+
+IMPLEMENTATIONS = ("reference", "triton")
+
+
+def best_tokens(
+    logits: Float[Array, "rows vocab"], *, count: int, implementation: str | None = None
+) -> Int[Array, "rows count"]:
+    """Ids of the `count` largest logits of every row, largest first; of equal ones the smallest id first.
+
+    At least so many logits of a row are finite.
+    """
+    if not 0 < count <= logits.shape[-1]:
+        raise ValueError(f"count is {count}; a row has {logits.shape[-1]} logits: take between one and all of them")
+    if implementation is None:
+        implementation = "triton" if jax.default_backend() == "gpu" else "reference"
+    if implementation not in IMPLEMENTATIONS:
+        raise NotImplementedError(f"best_tokens has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
+    chosen = triton if implementation == "triton" else reference
+    return chosen.best_tokens(logits, count=count)
