@@ -43,7 +43,9 @@ IMPLEMENTATIONS = ("reference", "int8_activations", "triton")
 def matmul(x: Float[Array, "... K"], weight: Weight, *, implementation: str | None = None) -> Float[Array, "... N"]:
     """`x @ weight.T` in the dtype of x, accumulated in f32 (W8 on a CPU: in int32).
 
-    `implementation` is one of IMPLEMENTATIONS; None picks int8_activations for W8 on a CPU and reference otherwise.
+    `implementation` is one of IMPLEMENTATIONS; None picks int8_activations for W8 on a CPU, triton for few rows on a
+    GPU and reference otherwise. Few rows of a dense weight go to Triton too: XLA times several kernels for a matmul and
+    may choose another one in another program, and then plain steps and blocks have other bits.
     Raises NotImplementedError when the named implementation cannot take this weight, ValueError when shapes do not fit.
     """
     _check(x, weight)
@@ -65,13 +67,10 @@ def matmul_parts(
 ) -> Float[Array, "parts ... N"]:
     """What adds up to `x @ weight.T`: for operations that add it up themselves while they read it.
 
-    On Triton in f32, one part for every share of the inputs; else one part in the dtype of x. The rest is as in
-    `matmul`, but that few rows of a dense weight go to Triton too.
+    On Triton in f32, one part for every share of the inputs; else one part in the dtype of x.
     """
     _check(x, weight)
-    rows = math.prod(x.shape[:-1])
-    fits = jax.default_backend() == "gpu" and triton.why_not(rows, x.dtype, weight) is None
-    if implementation == "triton" or (implementation is None and fits):
+    if implementation == "triton" or (implementation is None and _default(x, weight) == "triton"):
         return triton.matmul_parts(x, weight)
     return matmul(x, weight, implementation=implementation)[None]
 
@@ -81,8 +80,7 @@ def _default(x: Array, weight: Weight) -> str:
     if backend == "cpu" and isinstance(weight, W8):
         return "int8_activations"
     rows = math.prod(x.shape[:-1])
-    fits = isinstance(weight, W4 | W8) and triton.why_not(rows, x.dtype, weight) is None
-    return "triton" if backend == "gpu" and fits else "reference"
+    return "triton" if backend == "gpu" and triton.why_not(rows, x.dtype, weight) is None else "reference"
 
 
 def _check(x: Array, weight: Weight) -> None:
