@@ -11,21 +11,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.attention_rows.api import HeadNorms, KvPool, Tables, attention_rows
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.cases import (
     LARGE_ATTENTION,
+    LARGE_ATTENTION_ROWS,
     LARGE_MATMUL,
+    LARGE_RESIDUAL_NORM,
     LARGE_SCORING,
     LARGE_SELECTION,
     LARGE_SPARSE,
     SMALL_ATTENTION,
+    SMALL_ATTENTION_ROWS,
     SMALL_MATMUL,
+    SMALL_RESIDUAL_NORM,
     SMALL_SCORING,
     SMALL_SELECTION,
     SMALL_SPARSE,
     Seed,
 )
 from pallas_kernels.quantised_matmul.api import matmul
+from pallas_kernels.residual_norm.api import residual_norm
 from pallas_kernels.sparse_attention.api import attend_blocks, select_blocks
 from pallas_kernels.timing import copies_of, seconds_per_call
 from pallas_kernels.token_scoring.api import token_scores
@@ -49,7 +55,7 @@ class Case(Protocol):
 
     @property
     def bytes(self) -> int:
-        """That must be read."""
+        """That must be read; in operations that write as much as they read, also what must be written."""
         ...
 
     @property
@@ -99,6 +105,40 @@ def listed_blocks(*arguments: Any, **keywords: Any) -> jax.Array:
     return jnp.where(listed, indices + 1, 0).astype(jnp.float32)
 
 
+def stream_and_norm(
+    parts: jax.Array,
+    stream: jax.Array,
+    scale: jax.Array,
+    post_scale: jax.Array | None,
+    factor: jax.Array | None,
+    **keywords: Any,
+) -> jax.Array:
+    """Both results of `residual_norm`, one behind the other."""
+    return jnp.stack(residual_norm(parts, stream, scale, post_scale=post_scale, factor=factor, **keywords))
+
+
+def written_rows(
+    parts: jax.Array,
+    query_scale: jax.Array | None,
+    key_scale: jax.Array | None,
+    pool: KvPool | None,
+    page_table: jax.Array,
+    starts: jax.Array,
+    tables: Tables,
+    *,
+    norm_values: bool,
+    eps: float,
+    page_size: int,
+    **keywords: Any,
+) -> jax.Array:
+    """All numbers of `attention_rows`' results, one behind the other, but those of page 0, which may be anything."""
+    norms = HeadNorms(query_scale, key_scale, norm_values, eps)
+    queries, pool = attention_rows(
+        parts, pool, page_table, starts, tables, norms=norms, page_size=page_size, **keywords
+    )
+    return jnp.concatenate([each.reshape(-1) for each in (queries, *(pages[page_size:] for pages in pool or ()))])
+
+
 def differing_blocks(actual: np.ndarray, expected: np.ndarray) -> float:
     """The share of blocks that only one of two lists has; rounding moves a few across the threshold."""
 
@@ -127,6 +167,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("sparse_selection", listed_blocks, SMALL_SELECTION, LARGE_SELECTION, differing_blocks),
     Operation("sparse_attention", attend_blocks, SMALL_SPARSE, LARGE_SPARSE),
     Operation("quantised_matmul", matmul, SMALL_MATMUL, LARGE_MATMUL),
+    Operation("residual_norm", stream_and_norm, SMALL_RESIDUAL_NORM, LARGE_RESIDUAL_NORM),
+    Operation("attention_rows", written_rows, SMALL_ATTENTION_ROWS, LARGE_ATTENTION_ROWS),
 )
 
 

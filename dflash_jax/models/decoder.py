@@ -75,6 +75,8 @@ class Place:
 
 QueriesKeys = tuple[Float[Array, "slots rows heads _head_dim"], Float[Array, "slots rows _kv_heads _head_dim"] | None]
 """Before RoPE. A layer that reads another one's K and V has no keys itself."""
+Unrotated = tuple[Float[Array, "slots rows heads _head_dim"], Float[Array, "slots rows _kv_heads _head_dim"]]
+"""The same with the other one's keys."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Pass:
     hidden: Float[Array, "slots rows dim"]
     pools: tuple[KvPool, ...]
     features: Float[Array, "slots rows features"] | None
-    unrotated: tuple[QueriesKeys, ...]
+    unrotated: tuple[Unrotated, ...]
     means: Mapping[int, Float[Array, "slots _blocks _kv_heads _width"]]
 
 
@@ -285,7 +287,7 @@ class Decoder(nnx.Module):
             SparsePool(*pool, means[index]) if index in means else pool for index, pool in enumerate(pools)
         ]
         features = {}
-        taken: dict[int | None, QueriesKeys] = {}
+        taken: dict[int | None, Unrotated] = {}
         for index, layer in enumerate(self.config.layers[:num_layers]):
             key = (layer.rope, layer.head_dim)
             if key not in tables:
@@ -295,8 +297,8 @@ class Decoder(nnx.Module):
             stream, at_hand[source], (q, k) = self.layers[index](stream, tables[key], at_hand[source], place, own)
             taken[index] = (q, taken[source][1] if k is None else k)
             if index in capture:
-                stream = stream.settled()
-                features[index] = stream.value
+                # Aside: the stream goes on as it would in a pass without captures, bit for bit.
+                features[index] = stream.settled().value
         stream = stream.settled()
         if num_layers is not None and num_layers in unrotated:
             layer = self.layers[num_layers]

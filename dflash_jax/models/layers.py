@@ -113,7 +113,10 @@ class Stream:
         """The stream with its update."""
         if self.update is None:
             return self
-        return Stream(residual_norm.add(self.update, self.value, **self._options, eps=self._eps))
+        eps = self._eps or 0.0  # without a post-norm there is nothing to norm
+        return Stream(
+            residual_norm.add(self.update, self.value, post_scale=self._post_scale, factor=self.factor, eps=eps)
+        )
 
     def normed(self, norm: RMSNorm) -> tuple[Stream, Float[Array, "slots rows dim"]]:
         """The stream with its update, and its norm."""
@@ -122,7 +125,9 @@ class Stream:
             return settled, norm(settled.value)
         rows = self.value.reshape(-1, self.value.shape[-1])
         parts = self.update.reshape(-1, *rows.shape)
-        both = residual_norm.residual_norm(parts, rows, norm.scale_value, **self._options, eps=norm.eps)
+        both = residual_norm.residual_norm(
+            parts, rows, norm.scale_value, post_scale=self._post_scale, factor=self.factor, eps=norm.eps
+        )
         value, normed = (each.reshape(self.value.shape) for each in both)
         return Stream(value), normed
 
@@ -131,8 +136,8 @@ class Stream:
         return None if self.post_norm is None else self.post_norm.eps
 
     @property
-    def _options(self) -> dict[str, Array | None]:
-        return {"post_scale": None if self.post_norm is None else self.post_norm.scale_value, "factor": self.factor}
+    def _post_scale(self) -> Float[Array, " dim"] | None:
+        return None if self.post_norm is None else self.post_norm.scale_value
 
 
 class GatedMlp(nnx.Module):

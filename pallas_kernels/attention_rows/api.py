@@ -63,6 +63,11 @@ def attention_rows(
         raise ValueError(
             f"{layout.kv_heads} heads of keys and {'no pool' if pool is None else 'a pool'}: give both or none"
         )
+    held = None if pool is None else (pool[0].shape[1:], pool[1].shape[1:])
+    if held not in (None, ((layout.kv_heads, layout.key_width), (layout.kv_heads, layout.head_dim))):
+        raise ValueError(f"the pool has {held} numbers a token, which is not what {layout} says")
+    if layout.compact and norms.keys is None:
+        raise ValueError(f"in the compact form ({layout}) keys follow from values by the scale of their norm: give it")
     least = layout.column + layout.projected * layout.head_dim
     if parts.shape[3] < least:
         raise ValueError(f"the projection has {parts.shape[3]} columns, {layout} needs {least}")
@@ -71,7 +76,7 @@ def attention_rows(
             f"attention_rows has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
         )
     if implementation is None:
-        implementation = default_implementation(page_size, layout.key_width, layout.head_dim // 2)
+        implementation = default_implementation(page_size, layout.head_dim, layout.key_width)
     chosen = triton if implementation == "triton" else reference
     return chosen.attention_rows(
         parts, pool, page_table, starts, tables, layout=layout, norms=norms, dtype=dtype, page_size=page_size, ring=ring

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention_rows.reference import HeadLayout, HeadNorms, Heads, KvPool, Tables, standing
+from pallas_kernels.attention_rows.reference import HeadLayout, HeadNorms, Heads, KvPool, Tables
 from pallas_kernels.paged import why_not
 
 
@@ -35,16 +35,15 @@ def attention_rows(
     interpret: bool = False,
 ) -> tuple[Heads, KvPool | None]:
     """See `api.attention_rows`. Raises NotImplementedError for sizes that are not powers of two."""
-    if reason := why_not(page_size, layout.key_width, layout.head_dim // 2):
+    if reason := why_not(page_size, layout.head_dim, layout.key_width):
         raise NotImplementedError(f"attention_rows on Triton {reason}")
     query_scale = _ones(layout.head_dim) if norms.queries is None else norms.queries
     key_scale = _ones(layout.head_dim) if norms.keys is None else norms.keys
-    weight = jnp.where(standing(layout.key_width, layout.head_dim), key_scale, 0.0)
     flags = (norms.queries is not None, norms.keys is not None, norms.values)
     queries, *new_pool = _run(
         parts,
         () if pool is None else pool,
-        (page_table, starts, *(table[:, :, 0] for table in tables), query_scale, key_scale, weight),
+        (page_table, starts, *(table[:, :, 0] for table in tables), query_scale, key_scale),
         layout=layout,
         normed=flags,
         eps=norms.eps,
@@ -53,7 +52,8 @@ def attention_rows(
         ring=ring,
         interpret=interpret,
     )
-    return queries, None if pool is None else (new_pool[0], new_pool[1])
+    # No output can be empty, so without queries there is a head that nobody wrote.
+    return queries[:, :, : layout.heads], None if pool is None else (new_pool[0], new_pool[1])
 
 
 def _ones(count: int) -> Float[Array, " count"]:
@@ -105,7 +105,7 @@ def _kernel(
     stores: bool,
 ) -> None:
     *inputs, queries_ref = refs[: len(refs) - 2 * stores]
-    table_ref, starts_ref, cos_ref, sin_ref, query_scale_ref, key_scale_ref, weight_ref = inputs[2 * stores :]
+    table_ref, starts_ref, cos_ref, sin_ref, query_scale_ref, key_scale_ref = inputs[2 * stores :]
     (count, _, rows, _), half = parts_ref.shape, layout.head_dim // 2
     slot, row = jax.lax.div(pl.program_id(0), rows), jax.lax.rem(pl.program_id(0), rows)
     head, keys, values = pl.program_id(1), layout.heads, layout.heads + layout.kv_heads
@@ -134,8 +134,8 @@ def _kernel(
             for part in (pl.ds(0, half), pl.ds(half, half))
         ]
         pair = [rounded(x * factor * scale) for x, scale in zip(pair, scales, strict=True)]
-    cos = by_kind(*[plt.load(cos_ref.at[slot, row, :])] * 2, 1.0)
-    sin = by_kind(*[plt.load(sin_ref.at[slot, row, :])] * 2, 0.0)
+    cos = jnp.where(head < values, plt.load(cos_ref.at[slot, row, :]), 1.0)
+    sin = jnp.where(head < values, plt.load(sin_ref.at[slot, row, :]), 0.0)
     first, second = pair[0] * cos - pair[1] * sin, pair[1] * cos + pair[0] * sin
 
     def store(ref, *place, start=0, width=layout.head_dim, values=(first, second)):
@@ -151,8 +151,10 @@ def _kernel(
         @pl.when(head < keys)
         def _() -> None:
             if layout.compact:
-                weights = [plt.load(weight_ref.at[part]) for part in (pl.ds(0, half), pl.ds(half, half))]
-                meeting = [rounded(x) * weight for x, weight in zip((first, second), weights, strict=True)]
+                stands = jnp.arange(half) >= layout.key_width // 2
+                weights = [plt.load(key_scale_ref.at[part]) for part in (pl.ds(0, half), pl.ds(half, half))]
+                pairs = zip((first, second), weights, strict=True)
+                meeting = [jnp.where(stands, x * weight, 0.0) for x, weight in pairs]
                 store(queries_ref, slot, row, head, width=layout.key_width)
                 store(queries_ref, slot, row, head, start=layout.key_width, values=meeting)
             else:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.cases import LARGE_MATMUL, MatmulCase
 from pallas_kernels.quantised_matmul import triton
-from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8
+from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight
 from pallas_kernels.timing import copies_of, seconds_per_call
 
 TUNED = Path(triton.__file__).with_name("tuned.json")
@@ -43,7 +43,7 @@ def sweep(end: float, file: Path = TUNED) -> Iterator[tuple[MatmulCase, dict[str
 def tune(case: MatmulCase, end: float) -> tuple[str, triton.Config, dict[str, Any]] | None:
     """The key and the fastest config of a case, and the config's time beside that of the first one; prints both."""
     x, weight = random(case)
-    blocks = -(-case.inputs // BLOCK)
+    block, blocks = triton.blocks_of(weight, case.inputs)
     sets = [(each,) for each in copies_of(weight, case.bytes, most=8)]
     times: list[tuple[float, triton.Config]] = []
     for config in configs(case.outputs, blocks):
@@ -59,13 +59,15 @@ def tune(case: MatmulCase, end: float) -> tuple[str, triton.Config, dict[str, An
     row = {"case": case.name, "us": round(1e6 * best, 1), "first_us": round(1e6 * times[0][0], 1), "tried": len(times)}
     row = {**row, "bytes": case.bytes, "config": vars(config)}
     print(json.dumps(row), flush=True)
-    return triton.key(weight, blocks * BLOCK), config, row
+    return triton.key(weight, blocks * block), config, row
 
 
-def random(case: MatmulCase) -> tuple[jax.Array, W4 | W8]:
+def random(case: MatmulCase) -> tuple[jax.Array, Weight]:
     """Rows and a weight of random bits, made on the device."""
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (case.rows, case.inputs), jnp.bfloat16)
+    if case.weights == "dense":
+        return x, jax.random.normal(keys[1], (case.outputs, case.inputs), jnp.bfloat16)
     if case.weights == "w8":
         values = jax.random.bits(keys[1], (case.outputs, case.inputs), jnp.uint8).view(jnp.int8)
         return x, W8(values, jnp.full(case.outputs, 1e-3, jnp.float32))
@@ -83,7 +85,7 @@ def configs(outputs: int, blocks: int) -> Iterator[triton.Config]:
             continue
         for splits in range(1, blocks // 2 + 1):
             programs = outputs // tile * splits
-            if blocks % splits == 0 and (130 <= programs <= 1400 or splits == 1):
+            if blocks % splits == 0 and (programs <= 1400 or splits == 1):
                 waves = abs(programs - 400) / 400
                 options.append((waves + (tile != 128) + (warps != 4) + (stages != 4), tile, splits, warps, stages))
     for _, tile, splits, warps, stages in sorted(options):

@@ -69,7 +69,7 @@ def matmul_parts(
 ) -> Float[Array, "parts ... N"]:
     """What adds up to `x @ weight.T`, in f32. Raises NotImplementedError for what the kernels do not take.
 
-    Without a config, that of tuned.json for this shape, or one that puts enough programs to work.
+    Without a config, that of `config_for`. Raises ValueError for one that leaves outputs or inputs out.
     """
     rows = x.reshape(-1, x.shape[-1])
     reason = why_not(rows.shape[0], x.dtype, weight)
@@ -77,11 +77,13 @@ def matmul_parts(
         raise NotImplementedError(f"matmul on Triton {reason}")
     count, columns = rows.shape
     padded_rows = max(_ROW_TILE, 1 << (count - 1).bit_length())
-    block = _block(weight, columns)
-    blocks = -(-columns // block)
+    block, blocks = blocks_of(weight, columns)
+    config = config or config_for(weight, columns)
+    if _outputs(weight) % config.tile or blocks % config.splits:
+        raise ValueError(f"{config} does not divide {_outputs(weight)} outputs and {blocks} blocks of {block} inputs")
     rows = jnp.pad(rows, ((0, padded_rows - count), (0, blocks * block - columns)))
     run = _run_w4 if isinstance(weight, W4) else _run_rows
-    parts = run(rows, weight, config or _config(weight, blocks, block), interpret)
+    parts = run(rows, weight, config, interpret)
     return parts[:, :count].reshape(-1, *x.shape[:-1], parts.shape[-1])
 
 
@@ -105,9 +107,10 @@ def _outputs(weight: Weight) -> int:
     return weight.scales.shape[-1] if isinstance(weight, W4 | W8) else weight.shape[0]
 
 
-def _block(weight: Weight, columns: int) -> int:
-    """Inputs that a program looks at together."""
-    return BLOCK if isinstance(weight, W4) else next(block for block in _BLOCKS if columns % block == 0)
+def blocks_of(weight: Weight, columns: int) -> tuple[int, int]:
+    """Inputs that a program looks at together, and how many such blocks there are."""
+    block = BLOCK if isinstance(weight, W4) else next(block for block in _BLOCKS if columns % block == 0)
+    return block, -(-columns // block)
 
 
 def key(weight: Weight, inputs: int) -> str:
@@ -122,8 +125,10 @@ def _tuned() -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _config(weight: Weight, blocks: int, block: int) -> Config:
+def config_for(weight: Weight, columns: int) -> Config:
+    """That of tuned.json for this device and shape, or one that puts enough programs to work."""
     device = jax.devices()[0].device_kind
+    block, blocks = blocks_of(weight, columns)
     known = _tuned().get(device, {}).get(key(weight, blocks * block))
     if known:
         return Config(**known)
@@ -155,8 +160,8 @@ def _run_w4(rows: Array, weight: W4, config: Config, interpret: bool) -> Float[A
 def _run_rows(rows: Array, weight: W8 | Array, config: Config, interpret: bool) -> Float[Array, "parts rows N"]:
     """A weight that lies row by row: dense or w8."""
     values, *scales = (weight.values, weight.scales) if isinstance(weight, W8) else (weight,)
-    block = _block(weight, rows.shape[1])
-    share = rows.shape[1] // block // config.splits
+    block, blocks = blocks_of(weight, rows.shape[1])
+    share = blocks // config.splits
     kernel = functools.partial(_rows_kernel, tile=config.tile, share=share, block=block)
     return _call(kernel, 2 + len(scales), len(rows), len(values), config, interpret, "rows_matmul")(
         rows, values, *scales

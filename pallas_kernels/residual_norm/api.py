@@ -31,6 +31,8 @@ def residual_norm(
     """
     if stream.shape != parts.shape[1:] or scale.shape != stream.shape[1:]:
         raise ValueError(f"parts {parts.shape}, stream {stream.shape} and scale {scale.shape} do not fit together")
+    if post_scale is not None and post_scale.shape != scale.shape:
+        raise ValueError(f"post_scale {post_scale.shape} and scale {scale.shape} do not fit together")
     if implementation is None:
         implementation = "triton" if jax.default_backend() == "gpu" else "reference"
     if implementation not in IMPLEMENTATIONS:

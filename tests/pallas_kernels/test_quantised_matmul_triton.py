@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dflash_jax.bench import shapes as published
+from dflash_jax.models.hf_config import from_hf
+from dflash_jax.models.parameters import drafter_parameters, target_parameters
 from pallas_kernels.cases import LARGE_MATMUL, SMALL_MATMUL, MatmulCase
 from pallas_kernels.operations import shapes
-from pallas_kernels.quantised_matmul import api, triton
+from pallas_kernels.quantised_matmul import api, bench, triton
 from tests.pallas_kernels.test_attention_and_scoring import lower
 
 RUN = functools.partial(triton.matmul, interpret=True)
@@ -27,7 +32,7 @@ def test_product_is_that_of_the_dense_matrix(case: MatmulCase) -> None:
     assert np.linalg.norm(found - expected) < 4e-3 * np.linalg.norm(expected)  # the result is rounded to bf16
 
 
-@pytest.mark.parametrize("case", [SMALL_MATMUL[0], SMALL_MATMUL[6]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [SMALL_MATMUL[index] for index in (0, 6, 9)], ids=lambda case: case.name)
 def test_a_row_does_not_depend_on_its_neighbours(case: MatmulCase) -> None:
     (x, weight), _ = case.arguments()
     changed = x.at[5:].set(3.0)
@@ -35,7 +40,99 @@ def test_a_row_does_not_depend_on_its_neighbours(case: MatmulCase) -> None:
     np.testing.assert_array_equal(RUN(x, weight)[:3], RUN(x[:3], weight))
 
 
-@pytest.mark.parametrize("case", [*SMALL_MATMUL, *LARGE_MATMUL[2:4], LARGE_MATMUL[8]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SMALL_MATMUL, ids=lambda case: case.name)
+def test_parts_add_up_to_the_product(case: MatmulCase) -> None:
+    (x, weight), _ = case.arguments()
+    plain = ["reference", *(["int8_activations"] if case.weights == "w8" else [])]
+    for implementation in plain:
+        parts = api.matmul_parts(x, weight, implementation=implementation)
+        assert (parts.shape, parts.dtype) == ((1, case.rows, case.outputs), x.dtype)
+        np.testing.assert_array_equal(parts[0], api.matmul(x, weight, implementation=implementation))
+    _, blocks = triton.blocks_of(weight, case.inputs)
+    for splits in (count for count in range(1, blocks + 1) if blocks % count == 0):
+        config = triton.Config(32, splits)
+        parts = triton.matmul_parts(x, weight, config=config, interpret=True)
+        assert (parts.shape, parts.dtype) == ((splits, case.rows, case.outputs), jnp.float32)
+        np.testing.assert_array_equal(parts.sum(axis=0).astype(x.dtype), RUN(x, weight, config=config))
+
+
+def test_slots_and_rows_stay_apart_in_parts() -> None:
+    (x, weight), _ = SMALL_MATMUL[0].arguments()
+    config = triton.Config(32, 2)
+    parts = triton.matmul_parts(x.reshape(2, 8, -1), weight, config=config, interpret=True)
+    flat = triton.matmul_parts(x, weight, config=config, interpret=True)
+    np.testing.assert_array_equal(parts, flat.reshape(2, 2, 8, -1))
+
+
+def test_a_config_that_leaves_something_out_is_refused() -> None:
+    x, weight = jnp.zeros((16, 576), jnp.bfloat16), jnp.zeros((960, 576), jnp.bfloat16)
+    for config in (triton.Config(64, 5), triton.Config(128, 3)):
+        with pytest.raises(ValueError, match="does not divide 960 outputs and 9 blocks of 64 inputs"):
+            triton.matmul_parts(x, weight, config=config)
+
+
+def weights_of_published_shapes() -> Iterator[tuple[Any, int]]:
+    """Shapes of all matrices, alone and side by side as the layers read them, in every format; and their inputs."""
+    sizes = {(outputs, 576) for outputs in (576, 960, 3072)} | {(576, 1536), (49_152, 576)}  # SmolLM2
+    for name, fields in published.TARGETS.items():
+        config = from_hf(fields)
+        for table in (target_parameters(config), drafter_parameters(published._drafter_config(name, config))):
+            of = {name: each.shape for name, each in table.items() if len(each.shape) == 2}
+            sizes |= set(of.values())
+            for name in (name for name in of if name.endswith(("attention.k", "mlp.gate"))):
+                layer = name.removesuffix("attention.k").removesuffix("mlp.gate")
+                side = ("attention.q", "attention.k", "attention.v") if name.endswith("k") else ("mlp.gate", "mlp.up")
+                for group in (side, side[1:]):
+                    outputs = sum(of[layer + each][0] for each in group if layer + each in of)
+                    sizes.add((outputs, of[name][1]))
+    spec = jax.ShapeDtypeStruct
+    for outputs, inputs in sorted(sizes):
+        padded = -(-inputs // 128) * 128
+        packed = spec((padded // 4, outputs), jnp.int16)
+        for group in (32, 128):
+            yield api.W4(packed, spec((padded // group, outputs), jnp.float16), group), inputs
+        yield api.W8(spec((outputs, inputs), jnp.int8), spec((outputs,), jnp.float32)), inputs
+        yield spec((outputs, inputs), jnp.bfloat16), inputs
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "a card that nobody tuned for"])
+def test_configs_divide_every_published_shape(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), {"device_kind": device})])
+    seen = 0
+    for weight, inputs in weights_of_published_shapes():
+        if triton.why_not(16, jnp.bfloat16, weight):
+            continue
+        traced = functools.partial(triton.matmul_parts)  # a new one: JAX remembers what functions gave
+        parts = jax.eval_shape(traced, jax.ShapeDtypeStruct((16, inputs), jnp.bfloat16), weight)
+        config, (_, blocks) = triton.config_for(weight, inputs), triton.blocks_of(weight, inputs)
+        assert len(parts) == config.splits and blocks % config.splits == 0 and parts.shape[2] % config.tile == 0
+        seen += 1
+    assert seen > 100
+
+
+@pytest.mark.parametrize("case", LARGE_MATMUL[-3:], ids=lambda case: case.name)
+def test_a_sweep_tries_configs_that_divide_a_shape_and_writes_where_the_kernel_looks(
+    case: MatmulCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def count_parts(function: Any, x: jax.Array, sets: Any) -> float:
+        parts = jax.eval_shape(functools.partial(triton.matmul_parts, **function.keywords), x, *sets[0])
+        tried.append(parts.shape[0])
+        return float(len(tried))
+
+    monkeypatch.setattr(bench, "seconds_per_call", count_parts)
+    monkeypatch.setattr(bench, "copies_of", lambda weight, size, most: [weight])
+    found = bench.tune(case, float("inf"))
+    assert found is not None and max(tried) >= 3
+    name, config, row = found
+    assert row["tried"] == len(tried)
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setattr(triton, "_tuned", lambda: {kind: {name: {**vars(config), "stages": 77}}})
+    assert triton.config_for(case.arguments()[0][1], case.inputs).stages == 77
+
+
+@pytest.mark.parametrize("case", [*SMALL_MATMUL, *LARGE_MATMUL[2:4], *LARGE_MATMUL[8:]], ids=lambda case: case.name)
 def test_lowers_for_cuda(case: MatmulCase) -> None:
     assert "triton" in lower(lambda x, weight: triton.matmul(x, weight), shapes(case)[0])
 
