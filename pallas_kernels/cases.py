@@ -325,6 +325,33 @@ class ResidualNormCase:
 
 
 @dataclasses.dataclass(frozen=True)
+class BestTokensCase:
+    """Arguments of best_tokens: logits of a few values, so that many are equal."""
+
+    name: str
+    rows: int
+    vocabulary: int
+    count: int = 8
+    dtype: str = "float32"
+
+    def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments."""
+        generator = np.random.default_rng(seed)
+        logits = generator.integers(-1000, 1000, (self.rows, self.vocabulary), dtype=np.int32)
+        return (jnp.asarray(logits, self.dtype),), {"count": self.count}
+
+    @property
+    def bytes(self) -> int:
+        """The logits."""
+        return self.rows * self.vocabulary * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def flops(self) -> int:
+        """A comparison for each."""
+        return self.rows * self.vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionRowsCase:
     """Arguments of attention_rows, with the scales of its norms among the arrays: `norms` are letters of "qkv".
 
@@ -605,4 +632,14 @@ LARGE_ATTENTION_ROWS = (
         norms="k",
         dtype="bfloat16",
     ),
+)
+SMALL_BEST_TOKENS = (
+    BestTokensCase("one chunk", 3, 100),
+    BestTokensCase("three chunks, the last one not whole", 2, 9001),
+    BestTokensCase("bf16", 2, 5000, dtype="bfloat16"),
+    BestTokensCase("as many as there are", 2, 8),
+)
+LARGE_BEST_TOKENS = (
+    BestTokensCase("SmolLM2 block", 15, 49_152),
+    BestTokensCase("Gemma 4 block", 15, 262_144),
 )

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.best_tokens import api, reference, triton
+from pallas_kernels.cases import LARGE_BEST_TOKENS, SMALL_BEST_TOKENS, BestTokensCase
+from pallas_kernels.operations import shapes
 from tests.pallas_kernels.test_attention_and_scoring import lower
 
 RUN = {
@@ -18,18 +20,18 @@ RUN = {
 
 
 @pytest.mark.parametrize("implementation", RUN)
-@pytest.mark.parametrize(
-    ("rows", "vocabulary", "dtype"), [(3, 100, "float32"), (2, 9001, "bfloat16"), (2, 8, "float32")]
-)
-def test_best_tokens_are_those_of_a_stable_sort(rows: int, vocabulary: int, dtype: str, implementation: str) -> None:
-    numbers = np.random.default_rng(0).integers(-20, 20, (rows, vocabulary)).astype(np.float32)  # many equal ones
-    found = RUN[implementation](jnp.asarray(numbers, dtype), count=8)
-    np.testing.assert_array_equal(found, np.argsort(-numbers, axis=1, kind="stable")[:, :8])
+@pytest.mark.parametrize("case", SMALL_BEST_TOKENS, ids=lambda case: case.name)
+def test_best_tokens_are_those_of_a_stable_sort(case: BestTokensCase, implementation: str) -> None:
+    (logits,), keywords = case.arguments()
+    found = RUN[implementation](logits, **keywords)
+    expected = np.argsort(-np.asarray(logits, np.float32), axis=1, kind="stable")[:, : case.count]
+    np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("vocabulary", [49_152, 151_936, 262_144])
-def test_lowers_for_cuda(vocabulary: int) -> None:
-    assert "triton" in lower(functools.partial(triton.best_tokens, count=8), (jnp.zeros((15, vocabulary)),))
+@pytest.mark.parametrize("case", [*SMALL_BEST_TOKENS, *LARGE_BEST_TOKENS], ids=lambda case: case.name)
+def test_lowers_for_cuda(case: BestTokensCase) -> None:
+    positional, keywords = shapes(case)
+    assert "triton" in lower(functools.partial(triton.best_tokens, **keywords), positional)
 
 
 def test_a_count_beyond_the_row_is_refused() -> None:
