@@ -459,6 +459,9 @@ LARGE_MATMUL = (
     MatmulCase("Qwen3-8B gate and up", 16, 4096, 24_576),
     MatmulCase("SmolLM2 gate and up", 16, 576, 3072),
     MatmulCase("Qwen3-8B gate and up, w8", 16, 4096, 24_576, weights="w8"),
+    MatmulCase("Gemma 4 31B drafter gate and up, dense", 16, 5376, 21_504, weights="dense"),
+    MatmulCase("SmolLM2 head, dense", 16, 576, 49_152, weights="dense"),
+    MatmulCase("SmolLM2 gate and up, dense", 16, 576, 3072, weights="dense"),
     MatmulCase("SmolLM2 qkv, dense", 16, 576, 960, weights="dense"),
     MatmulCase("SmolLM2 o, dense", 16, 576, 576, weights="dense"),
     MatmulCase("SmolLM2 down, dense", 16, 1536, 576, weights="dense"),
@@ -501,12 +504,16 @@ LARGE_ATTENTION = (
         window=1024,
         ring=True,
     ),
+    AttentionCase("Gemma 4 31B global step, 4K of 32K", (4_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
     AttentionCase("Gemma 4 31B global step, 32K", (32_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
     AttentionCase(
         "Gemma 4 31B global step, compact, 32K", (32_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16", key_dim=128
     ),
     AttentionCase("Qwen3-0.6B chunk, 128K", (129_024,), 1024, 16, 8, 128, 128, 1024, dtype="bfloat16"),
-    AttentionCase("Gemma 4 31B global step, 4K of 32K", (4_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
+    AttentionCase("Gemma 4 31B local chunk, 8K", (7168,), 1024, 32, 16, 256, 128, 64, dtype="bfloat16", window=1024),
+    AttentionCase(
+        "Gemma 4 31B global chunk, compact, 8K", (7168,), 1024, 32, 4, 512, 128, 64, dtype="bfloat16", key_dim=128
+    ),
 )
 SMALL_SCORING = (
     ScoringCase("mean", 70, 5, 4, 2, 32, 16, 6),

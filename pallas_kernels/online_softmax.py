@@ -17,30 +17,42 @@ STEP_BYTES = 131_072
 LOWEST = -1e30
 """Stands for minus infinity: a difference of two of them is a number."""
 
-Sums = tuple[Float[Array, "rows 1"], Float[Array, "rows 1"], Float[Array, "rows D"]]
-"""Of each row, over the keys so far: the largest score, weights relative to it, and values mixed by these weights."""
+Sums = tuple[Float[Array, "_lines 1"], Float[Array, "_lines 1"], Float[Array, "_lines _D"]]
+"""Of each line, over the keys so far: the largest score, weights relative to it, and values mixed by these weights.
+
+Lines are rows, or with `keys_axis` 0 columns: then all of it is transposed.
+"""
 
 
-def no_sums(rows: int, width: int) -> Sums:
+def no_sums(lines: int, width: int, *, keys_axis: int = 1) -> Sums:
     """The sums before the first key."""
-    return (
-        jnp.full((rows, 1), LOWEST, jnp.float32),
-        jnp.zeros((rows, 1), jnp.float32),
-        jnp.zeros((rows, width), jnp.float32),
-    )
+
+    def filled(size: int, number: float) -> Array:
+        return jnp.full((lines, size) if keys_axis else (size, lines), number, jnp.float32)
+
+    return filled(1, LOWEST), filled(1, 0.0), filled(width, 0.0)
 
 
 def add_keys(
-    sums: Sums, scores: Float[Array, "rows keys"], seen: Bool[Array, "rows keys"], value: Float[Array, "keys D"]
+    sums: Sums,
+    scores: Float[Array, "_lines _keys"],
+    seen: Bool[Array, "_lines _keys"],
+    value: Float[Array, "keys D"],
+    *,
+    keys_axis: int = 1,
 ) -> Sums:
-    """The sums with a block of keys, of which each row takes those that it has `seen`."""
+    """The sums with a block of keys, of which each line takes those that it has `seen`."""
     highest, total, mixed = sums
     scores = jnp.where(seen, scores, LOWEST)
-    new_highest = jnp.maximum(highest, jnp.max(scores, axis=1, keepdims=True))
+    new_highest = jnp.maximum(highest, jnp.max(scores, axis=keys_axis, keepdims=True))
     weights = jnp.where(seen, jnp.exp(scores - new_highest), 0.0)
     keep = jnp.exp(highest - new_highest)
-    part = plt.dot(weights.astype(value.dtype), value, precision=precision_of(value))
-    return new_highest, total * keep + jnp.sum(weights, axis=1, keepdims=True), mixed * keep + part
+    narrow, precision = weights.astype(value.dtype), precision_of(value)
+    if keys_axis:
+        part = plt.dot(narrow, value, precision=precision)
+    else:
+        part = plt.dot(value, narrow, trans_a=True, precision=precision)
+    return new_highest, total * keep + jnp.sum(weights, axis=keys_axis, keepdims=True), mixed * keep + part
 
 
 def step_size(most: int, width: int, dtype: DTypeLike) -> int:

@@ -18,9 +18,7 @@ def copies_of(arguments: Any, size: int, most: int) -> list[Any]:
     return [arguments, *(jax.tree.map(jnp.copy, arguments) for _ in range(min(most - 1, _CACHE // max(size, 1))))]
 
 
-def repeated(
-    function: Callable[..., jax.Array], repeats: int
-) -> Callable[[jax.Array, Sequence[Sequence[Any]]], jax.Array]:
+def repeated(function: Callable[..., jax.Array], repeats: int) -> jax.stages.Wrapped:
     """One program of `repeats` rounds of `function(first, *arguments)`, so that dispatch does not count.
 
     A round goes through the sets of other arguments in turn, and each call waits for the one before. All of a result
@@ -43,11 +41,15 @@ def seconds_per_call(
     function: Callable[..., jax.Array], first: jax.Array, sets: Sequence[Sequence[Any]], repeats: int = 10
 ) -> float:
     """Seconds of `function(first, *arguments)` with each of the sets of other arguments, by the program above."""
-    many = repeated(function, repeats)
-    jax.block_until_ready(many(first, sets))
+    return seconds_of(repeated(function, repeats), first, sets) / repeats / len(sets)
+
+
+def seconds_of(run: Callable[..., jax.Array], *arguments: Any) -> float:
+    """Seconds of a program, the best of three; the first run warms up."""
+    jax.block_until_ready(run(*arguments))
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()
-        jax.block_until_ready(many(first, sets))
+        jax.block_until_ready(run(*arguments))
         best = min(best, time.perf_counter() - started)
-    return best / repeats / len(sets)
+    return best

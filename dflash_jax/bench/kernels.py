@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from rich.table import Table
 from dflash_jax.bench.report import device_limits, environment, write
 from dflash_jax.console import progress_bar
 from dflash_jax.engine.request import RequestError
+from pallas_kernels.block_attention import bench as attention_sweep
 from pallas_kernels.operations import OPERATIONS, Case, Operation, measure
 from pallas_kernels.quantised_matmul import bench as matmul_sweep
 
 _SWEEP_SECONDS = 120.0
+_SWEEPS = {"block_attention": attention_sweep.sweep, "quantised_matmul": matmul_sweep.sweep}
 
 
 def run(*, json_file: Path | None = None, operation: str | None = None, tune: bool = False) -> dict[str, Any]:
@@ -71,21 +72,18 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _tune(json_file: Path | None, operation: str | None) -> dict[str, Any]:
-    if operation not in (None, "quantised_matmul"):
-        raise RequestError(f"{operation} has nothing to tune: only quantised_matmul has")
+    if operation not in (None, *_SWEEPS):
+        raise RequestError(f"{operation} has nothing to tune: only {' and '.join(_SWEEPS)} have")
     if jax.default_backend() != "gpu":
         raise RequestError("tuning needs a GPU: kernels do not run on this device")
+    chosen = [sweep for name, sweep in _SWEEPS.items() if operation in (None, name)]
     rows: list[dict[str, Any]] = []
     report = {**environment(), "rows": rows}
-    for row in _sweep():
-        rows.append(row)
-        write(json_file, report)
-    Console().print(f"{len(rows)} configs are in {matmul_sweep.TUNED}")
-    return report
-
-
-def _sweep() -> Iterator[dict[str, Any]]:
     limits = device_limits()
-    for case, row in matmul_sweep.sweep(time.perf_counter() + _SWEEP_SECONDS):
-        floor = 1e6 * limits.seconds(case) if limits else None
-        yield {**row, "floor_us": round(floor, 2) if floor else None}
+    for sweep in chosen:
+        for case, row in sweep(time.perf_counter() + _SWEEP_SECONDS / len(chosen)):
+            floor = 1e6 * limits.seconds(case) if limits else None
+            rows.append({**row, "floor_us": round(floor, 2) if floor else None})
+            write(json_file, report)
+    Console().print(f"{len(rows)} configs are in tuned.json of {' and '.join(_SWEEPS)}")
+    return report

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +27,24 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.block_attention.combine import combine
 from pallas_kernels.online_softmax import LEAST_TILE, add_keys, no_sums, precision_of
 from pallas_kernels.paged import why_not
+from pallas_kernels.tuning import tuned
 
+TUNED = Path(__file__).with_name("tuned.json")
 _MOST_SPLITS = 64
 """Splits that are worth putting together."""
-_CHUNK = 128
+CHUNK = 128
 """From so many lines per KV head on it is a chunk of a prompt, and not a step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How attention is cut into programs; what was fastest on an H100 (docs/kernels.md).
+    """How attention is cut into programs.
 
     tile        lines of a program, at most; a power of two
     key_block   keys that it looks at together
     programs    to aim at, by splitting the keys: some for each of 132 multiprocessors
+    keys_first  scores are [keys, lines]: a Hopper card multiplies at least 64 rows at a time, and then reads K and V
+                from shared memory once for all lines
     """
 
     tile: int
@@ -47,15 +52,28 @@ class Config:
     warps: int = 4
     stages: int = 2
     programs: int = 264
+    keys_first: bool = False
 
 
-def _config(lines: int, head_dim: int) -> Config:
-    """By what a program must hold: so much shared memory and so many registers are there."""
+def key(lines: int, key_dim: int, head_dim: int) -> str:
+    """What tuned.json calls a shape."""
+    compact = f", keys of {key_dim}" if key_dim < head_dim else ""
+    return f"{'chunk' if lines > CHUNK else 'step'}, heads of {head_dim}{compact}"
+
+
+def config_for(lines: int, key_dim: int, head_dim: int) -> Config:
+    """That of tuned.json for this device and shape, or one that fits registers and shared memory."""
+    known = tuned(TUNED, key(lines, key_dim, head_dim))
+    return Config(**known) if known else rule(lines, head_dim)
+
+
+def rule(lines: int, head_dim: int) -> Config:
+    """A config for devices without a sweep: the tile's sums fit registers, what a step reads fits shared memory."""
     if head_dim > 256:
-        return Config(64, 32, warps=8, stages=3) if lines > _CHUNK else Config(32, 32)
+        return Config(64, 32, warps=8, stages=3) if lines > CHUNK else Config(32, 32)
     if head_dim > 128:
-        return Config(128, 64, warps=8, stages=3) if lines > _CHUNK else Config(32, 32)
-    if head_dim > 64 or lines > _CHUNK:
+        return Config(128, 64, warps=8, stages=3) if lines > CHUNK else Config(32, 32)
+    if head_dim > 64 or lines > CHUNK:
         return Config(64, 64)
     return Config(16, 64, programs=528)
 
@@ -85,7 +103,7 @@ def block_attention(
     group = heads // kv_heads
     if reason := why_not(page_size, key_pool.shape[2], head_dim):
         raise NotImplementedError(f"block_attention on Triton {reason}")
-    config = config or _config(rows * group, head_dim)
+    config = config or config_for(rows * group, key_pool.shape[2], head_dim)
     tile = min(config.tile, max(LEAST_TILE, pl.next_power_of_2(rows * group)))
     tiles = -(-rows * group // tile)
     # f32 takes twice the shared memory of bf16.
@@ -105,6 +123,7 @@ def block_attention(
         causal=causal,
         ring=ring,
         compact=compact,
+        keys_axis=0 if config.keys_first else 1,
     )
     whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
     shape = (splits, batch, kv_heads, tiles * tile)
@@ -166,6 +185,7 @@ def _kernel(
     causal: bool,
     ring: bool,
     compact: bool,
+    keys_axis: int,
 ) -> None:
     place, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
@@ -177,7 +197,7 @@ def _kernel(
     query = _lines(query_ref, slot, of_line, 0, key_dim)
     value_query = _lines(query_ref, slot, of_line, key_dim, value_ref.shape[2]) if compact else None
     precision = precision_of(query)
-    token = start + row[:, None]  # [tile, 1]
+    token = start + jnp.expand_dims(row, keys_axis)  # [tile, 1], or [1, tile] with the keys first
     last_token = start + jnp.minimum((index * tile + tile - 1) // group, rows - 1)
     first_token = start + index * tile // group
     last_seen = token if causal else jnp.full_like(token, start + rows - 1)
@@ -188,6 +208,10 @@ def _kernel(
     begin = begin + jax.lax.rem(split + splits - jax.lax.rem(begin, splits), splits)  # the split's first one from there
     visits = jax.lax.div(jnp.maximum(end - begin, 0) + splits - 1, splits)
 
+    def meet(lines, keys):
+        first, second = (lines, keys) if keys_axis else (keys, lines)
+        return plt.dot(first, second, trans_b=True, precision=precision)
+
     def visit(turn, state):
         place = (begin + turn * splits) * key_block
         number = jax.lax.div(place, page_size)
@@ -195,20 +219,21 @@ def _kernel(
         at = pl.ds(page * page_size + jax.lax.rem(place, page_size), key_block)
         key = plt.load(key_ref.at[at, head, :])
         value = plt.load(value_ref.at[at, head, :])
-        scores = plt.dot(query, key, trans_b=True, precision=precision)  # [tile, key_block]
+        scores = meet(query, key)  # [tile, key_block], or the keys first
         if value_query is not None:
-            scores += plt.dot(value_query, value, trans_b=True, precision=precision)
+            scores += meet(value_query, value)
         scores = scores * scale
-        key_token = place + jax.lax.broadcasted_iota(jnp.int32, (1, key_block), 1)
+        key_token = place + jnp.expand_dims(jnp.arange(key_block, dtype=jnp.int32), 1 - keys_axis)
         seen = key_token <= last_seen
         if window is not None:
             seen &= token - key_token < window
-        return add_keys(state, scores, seen, value)
+        return add_keys(state, scores, seen, value, keys_axis=keys_axis)
 
-    highest, total, mixed = jax.lax.fori_loop(0, visits, visit, no_sums(tile, mixed_ref.shape[-1]))
-    mixed_ref[...] = mixed
-    highest_ref[...] = highest[:, 0]
-    total_ref[...] = total[:, 0]
+    nothing = no_sums(tile, mixed_ref.shape[-1], keys_axis=keys_axis)
+    highest, total, mixed = jax.lax.fori_loop(0, visits, visit, nothing)
+    mixed_ref[...] = mixed if keys_axis else mixed.T
+    highest_ref[...] = highest.reshape(tile)
+    total_ref[...] = total.reshape(tile)
 
 
 def _lines(query_ref, slot, of_line, first: int, width: int):

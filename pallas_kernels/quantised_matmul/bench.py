@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,52 +11,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuning
 from pallas_kernels.cases import LARGE_MATMUL, MatmulCase
 from pallas_kernels.quantised_matmul import triton
 from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight
-from pallas_kernels.timing import copies_of, seconds_per_call
-
-TUNED = Path(triton.__file__).with_name("tuned.json")
+from pallas_kernels.timing import copies_of
 
 
-def sweep(end: float, file: Path = TUNED) -> Iterator[tuple[MatmulCase, dict[str, Any]]]:
-    """Tries configs until the clock says `end`, best guesses first; yields each case with its figures.
-
-    The best config of a case goes into the file at once.
-    """
-    device = jax.devices()[0].device_kind
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    cases = [case for case in LARGE_MATMUL if case.rows == 16]  # the rows of a step; other numbers take its configs
-    for index, case in enumerate(cases):
-        share = (end - time.perf_counter()) / (len(cases) - index)
-        found = tune(case, time.perf_counter() + share)
-        if found is None:
-            continue
-        key, config, row = found
-        known.setdefault(device, {})[key] = vars(config)
-        file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        yield case, row
+def sweep(end: float, file: Path = triton.TUNED) -> Iterator[tuple[MatmulCase, dict[str, Any]]]:
+    """Tunes all large cases with the rows of a step; other numbers of rows take its configs."""
+    return tuning.sweep([case for case in LARGE_MATMUL if case.rows == 16], tune, end, file)
 
 
-def tune(case: MatmulCase, end: float) -> tuple[str, triton.Config, dict[str, Any]] | None:
-    """The key and the fastest config of a case, and the config's time beside that of the first one; prints both."""
+def tune(case: MatmulCase, end: float) -> tuning.Found | None:
+    """The key and the fastest config of a case, and its figures."""
     x, weight = random(case)
     block, blocks = triton.blocks_of(weight, case.inputs)
-    sets = [(each,) for each in copies_of(weight, case.bytes, most=8)]
-    times: list[tuple[float, triton.Config]] = []
-    for config in configs(case.outputs, blocks):
-        if times and time.perf_counter() > end:
-            break
-        try:
-            times.append((seconds_per_call(functools.partial(triton.matmul, config=config), x, sets), config))
-        except Exception as error:  # shapes that the compiler refuses
-            print(case.name, config, str(error).splitlines()[0][:100], flush=True)
-    if not times:
+    functions = {config: functools.partial(triton.matmul, config=config) for config in configs(case.outputs, blocks)}
+    found = tuning.fastest(functions, x, [(each,) for each in copies_of(weight, case.bytes, most=8)], end)
+    if found is None:
         return None
-    best, config = min(times, key=lambda pair: pair[0])
-    row = {"case": case.name, "us": round(1e6 * best, 1), "first_us": round(1e6 * times[0][0], 1), "tried": len(times)}
-    row = {**row, "bytes": case.bytes, "config": vars(config)}
-    print(json.dumps(row), flush=True)
+    config, row = found
+    row = {"case": case.name, **row, "bytes": case.bytes, "config": vars(config)}
     return triton.key(weight, blocks * block), config, row
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,9 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight
+from pallas_kernels.tuning import tuned
 
+TUNED = Path(__file__).with_name("tuned.json")
 MOST_ROWS = 64
 """Beyond it a dense weight and the big matmul are faster."""
 _TILES = (128, 64, 32)
@@ -119,17 +120,10 @@ def key(weight: Weight, inputs: int) -> str:
     return f"{name}, {inputs} -> {_outputs(weight)}"
 
 
-@functools.cache
-def _tuned() -> dict[str, dict[str, dict[str, int]]]:
-    file = Path(__file__).with_name("tuned.json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
 def config_for(weight: Weight, columns: int) -> Config:
     """That of tuned.json for this device and shape, or one that puts enough programs to work."""
-    device = jax.devices()[0].device_kind
     block, blocks = blocks_of(weight, columns)
-    known = _tuned().get(device, {}).get(key(weight, blocks * block))
+    known = tuned(TUNED, key(weight, blocks * block))
     if known:
         return Config(**known)
     outputs = _outputs(weight)

@@ -29,6 +29,9 @@ from pallas_kernels.token_scoring import triton as scoring_triton
 ATTENTION = {
     "reference": functools.partial(block_attention.block_attention, implementation="reference"),
     "triton": functools.partial(attention_triton.block_attention, interpret=True),
+    "triton, keys first": functools.partial(
+        attention_triton.block_attention, interpret=True, config=attention_triton.Config(32, 64, keys_first=True)
+    ),
 }
 SCORING = {
     "reference": functools.partial(token_scoring.token_scores, implementation="reference"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import pytest
 from dflash_jax.bench import shapes as published
 from dflash_jax.models.hf_config import from_hf
 from dflash_jax.models.parameters import drafter_parameters, target_parameters
+from pallas_kernels import tuning
 from pallas_kernels.cases import LARGE_MATMUL, SMALL_MATMUL, MatmulCase
 from pallas_kernels.operations import shapes
 from pallas_kernels.quantised_matmul import api, bench, triton
@@ -112,23 +115,25 @@ def test_configs_divide_every_published_shape(monkeypatch: pytest.MonkeyPatch, d
 
 @pytest.mark.parametrize("case", LARGE_MATMUL[-3:], ids=lambda case: case.name)
 def test_a_sweep_tries_configs_that_divide_a_shape_and_writes_where_the_kernel_looks(
-    case: MatmulCase, monkeypatch: pytest.MonkeyPatch
+    case: MatmulCase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tried = []
 
-    def count_parts(function: Any, x: jax.Array, sets: Any) -> float:
-        parts = jax.eval_shape(functools.partial(triton.matmul_parts, **function.keywords), x, *sets[0])
-        tried.append(parts.shape[0])
-        return float(len(tried))
+    def last_of(functions: Any, x: jax.Array, sets: Any, end: float) -> tuple[triton.Config, dict[str, Any]]:
+        for config in functions:
+            parts = jax.eval_shape(functools.partial(triton.matmul_parts, config=config), x, *sets[0])
+            tried.append(parts.shape[0])
+        return list(functions)[-1], {"tried": len(tried)}
 
-    monkeypatch.setattr(bench, "seconds_per_call", count_parts)
+    monkeypatch.setattr(tuning, "fastest", last_of)
     monkeypatch.setattr(bench, "copies_of", lambda weight, size, most: [weight])
     found = bench.tune(case, float("inf"))
     assert found is not None and max(tried) >= 3
     name, config, row = found
     assert row["tried"] == len(tried)
-    kind = jax.devices()[0].device_kind
-    monkeypatch.setattr(triton, "_tuned", lambda: {kind: {name: {**vars(config), "stages": 77}}})
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({jax.devices()[0].device_kind: {name: {**vars(config), "stages": 77}}}))
+    monkeypatch.setattr(triton, "TUNED", file)
     assert triton.config_for(case.arguments()[0][1], case.inputs).stages == 77
 
 

@@ -1,0 +1,75 @@
+"""Sweeps over configs, and the files that keep what they find."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import tuning
+from pallas_kernels.block_attention import bench, triton
+from pallas_kernels.cases import LARGE_ATTENTION, AttentionCase
+
+X, SETS = jnp.ones((256, 256)), [(jnp.ones((256, 256)),)]
+
+
+def times(count: int, x: jax.Array, other: jax.Array) -> jax.Array:
+    for _ in range(count):
+        x = jnp.tanh(x @ other)
+    return x
+
+
+def refused(x: jax.Array, other: jax.Array) -> jax.Array:
+    raise NotImplementedError("more shared memory than there is")
+
+
+def test_the_fastest_is_found_and_what_does_not_compile_is_left_out() -> None:
+    functions = {
+        "slow": lambda x, other: times(40, x, other),
+        "refused": refused,
+        "fast": lambda x, other: times(1, x, other),
+    }
+    found = tuning.fastest(functions, X, SETS, time.perf_counter() + 60)
+    assert found is not None
+    config, row = found
+    assert config == "fast"
+    assert row["tried"] == 2 and row["us"] < row["first_us"]
+    assert tuning.fastest({"refused": refused}, X, SETS, time.perf_counter() + 60) is None
+
+
+def test_a_sweep_ends_with_its_time_but_not_before_the_first_configs() -> None:
+    functions = {number: lambda x, other: x + other for number in range(1000)}
+    found = tuning.fastest(functions, X, SETS, time.perf_counter())
+    assert found is not None and 0 < found[1]["tried"] < 1000
+
+
+def test_what_was_tuned_is_that_of_this_device(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    assert tuning.tuned(tmp_path / "none.json", "shape") is None
+    here = jax.devices()[0].device_kind
+    file.write_text(json.dumps({here: {"shape": {"tile": 64}}, "another card": {"other": {"tile": 32}}}))
+    assert tuning.tuned(file, "shape") == {"tile": 64}
+    assert tuning.tuned(file, "other") is None
+
+
+@pytest.mark.parametrize("case", LARGE_ATTENTION, ids=lambda case: case.name)
+def test_attention_tries_its_rule_first_and_nothing_twice(case: AttentionCase) -> None:
+    configs = list(bench.configs(case))
+    assert configs[0] == triton.rule(case.rows * case.heads // case.kv_heads, case.head_dim)
+    assert len(set(configs)) == len(configs) > 10
+    assert all(config.key_block <= case.page_size for config in configs)
+
+
+def test_attention_has_a_config_for_every_kind_of_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = triton.Config(16, 64, keys_first=True)
+    monkeypatch.setattr(bench, "tune", lambda case, end: (bench._key(case), config, {"case": case.name}))
+    file = tmp_path / "tuned.json"
+    names = [case.name for case, _ in bench.sweep(time.perf_counter() + 60, file)]
+    assert "Gemma 4 31B global step, compact, 32K" in names
+    monkeypatch.setattr(triton, "TUNED", file)
+    assert triton.config_for(128, 128, 512) == config
+    assert triton.config_for(128, 16, 32) == triton.rule(128, 32)
