@@ -61,9 +61,12 @@ def key(lines: int, key_dim: int, head_dim: int) -> str:
     return f"{'chunk' if lines > CHUNK else 'step'}, heads of {head_dim}{compact}"
 
 
-def config_for(lines: int, key_dim: int, head_dim: int) -> Config:
-    """That of tuned.json for this device and shape, or one that fits registers and shared memory."""
-    known = tuned(TUNED, key(lines, key_dim, head_dim))
+def config_for(lines: int, key_dim: int, head_dim: int, itemsize: int = 2) -> Config:
+    """That of tuned.json for this device and shape, or one that fits registers and shared memory.
+
+    Sweeps are of bf16: what fits then does not in f32.
+    """
+    known = tuned(TUNED, key(lines, key_dim, head_dim)) if itemsize == 2 else None
     return Config(**known) if known else rule(lines, head_dim)
 
 
@@ -103,7 +106,7 @@ def block_attention(
     group = heads // kv_heads
     if reason := why_not(page_size, key_pool.shape[2], head_dim):
         raise NotImplementedError(f"block_attention on Triton {reason}")
-    config = config or config_for(rows * group, key_pool.shape[2], head_dim)
+    config = config or config_for(rows * group, key_pool.shape[2], head_dim, key_pool.dtype.itemsize)
     tile = min(config.tile, max(LEAST_TILE, pl.next_power_of_2(rows * group)))
     tiles = -(-rows * group // tile)
     # f32 takes twice the shared memory of bf16.
