@@ -83,10 +83,11 @@ class ScriptedDrafter(nnx.Module):
     ) -> tuple[jnp.ndarray, tuple[KvPool, ...]]:
         """Hidden states whose largest logits are those of the script's tokens.
 
-        Rows of a random table are nearly orthogonal.
+        Rows of a random table are nearly orthogonal; they are lengthened until noise cannot choose another token.
         """
         tokens = jnp.take(self.script.get_value(), place.positions, mode="clip")
-        return jnp.take(self.embedding.get_value(), tokens, axis=0), tuple(pools)
+        rows = jnp.take(self.embedding.get_value(), tokens, axis=0)
+        return 40 * rows / jnp.sum(rows * rows, axis=-1, keepdims=True), tuple(pools)
 
 
 TEMPLATE = (

@@ -56,7 +56,9 @@ class Script(nnx.Module):
         return tuple(pools)
 
 
-def propose_script(networks: Any, pools: Any, slots: Any, *, rows: int, page_size: int) -> tuple[jax.Array, Any]:
+def propose_script(
+    networks: Any, pools: Any, slots: Any, sampling: Any, *, rows: int, page_size: int
+) -> tuple[jax.Array, Any]:
     """What `loop.propose` does for a `Script`; no head of a model is in the way of ids that do not exist."""
     numbers = slots.number[:, None] + jnp.arange(rows - 1, dtype=jnp.int32)[None, :]
     return jnp.take(networks.drafter.script.get_value(), numbers, mode="clip"), pools

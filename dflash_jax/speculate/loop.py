@@ -76,7 +76,7 @@ def decode(
     def step(carry: tuple[Visit, Pools, Slots]) -> tuple[Visit, Pools, Slots]:
         visit, pools, slots = carry
         if draft:
-            proposals, pools = propose(networks, pools, slots, rows=rows, page_size=page_size)
+            proposals, pools = propose(networks, pools, slots, sampling, rows=rows, page_size=page_size)
         else:
             proposals = no_proposals(slots, rows)
         committed, pools, slots = verify(networks, pools, slots, sampling, proposals, visit.tokens, page_size=page_size)

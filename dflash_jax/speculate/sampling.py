@@ -1,8 +1,9 @@
 """Drawing tokens from the target's own processed distribution.
 
-A token's noise depends on the request's seed and on the token's number in the answer, never on how many rows were
-verified at once: with and without DFlash the same seed gives the same tokens. Filters are thresholds found by bisection
-over the bits of a float, which needs no sort of the vocabulary.
+A token is the one whose logit and Gumbel noise are largest together. The noise depends on the request's seed, on the
+token's number in the answer and on its id, never on how many rows were verified at once: with and without DFlash the
+same seed gives the same tokens, and a drafter that knows the noise guesses better (path.py). Filters are thresholds
+found bit by bit of a float, which needs no sort of the vocabulary.
 """
 
 from __future__ import annotations
@@ -60,46 +61,75 @@ def sample(
     warm = parameters.temperature[:, None] > 0
     scaled = logits / jnp.where(warm, parameters.temperature[:, None], 1.0)
     probabilities = jax.nn.softmax(scaled, axis=-1)
-    kept = _top_k(probabilities, parameters.top_k)
-    kept = _top_p(kept, parameters.top_p)
+    k, p = parameters.top_k, parameters.top_p
+    # These filters read the vocabulary many times; a request without them should not pay for it.
+    filtered = jnp.any((k > 0) | (p < 1))
+    kept = jax.lax.cond(filtered, lambda: _top_p(_top_k(probabilities, k), p), lambda: probabilities)
     floor = parameters.min_p[:, None] * jnp.max(kept, axis=-1, keepdims=True)
     kept = jnp.where(kept >= floor, kept, 0.0)
-    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(parameters.seed, number, logits.shape[-1])
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(parameters.seed, number, ids)
     drawn = greedy(jnp.where(kept > 0, jnp.log(kept) + noise, -jnp.inf))
     return jnp.where(warm[:, 0], drawn, greedy(logits))
 
 
-def _gumbel(seed: UInt32[Array, " 2"], number: Int[Array, ""], vocabulary: int) -> Float[Array, " vocab"]:
+def lifted(
+    scores: Float[Array, "slots rows _before ids"],
+    ids: Int[Array, "slots rows ids"],
+    parameters: SamplingParameters,
+    number: Int[Array, " slots"],
+) -> Float[Array, "slots rows _before ids"]:
+    """Logits of a few tokens with what decides between them when `sample` draws token `number + row`.
+
+    Filters are left out; slots that are greedy keep their logits.
+    """
+    warm = (parameters.temperature > 0)[:, None, None, None]
+    numbers = number[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
+    noise = jax.vmap(jax.vmap(_gumbel, in_axes=(None, 0, 0)))(parameters.seed, numbers, ids)
+    divided = scores / jnp.where(warm, parameters.temperature[:, None, None, None], 1.0)
+    return jnp.where(warm, divided + noise[:, :, None, :], scores)
+
+
+def _gumbel(seed: UInt32[Array, " 2"], number: Int[Array, ""], ids: Int[Array, " ids"]) -> Float[Array, " ids"]:
+    """Noise of single tokens: it can be had for a few of them without that of all."""
     key = jax.random.fold_in(jax.random.wrap_key_data(seed), number)
-    return jax.random.gumbel(key, (vocabulary,), jnp.float32)
+    bits = jax.random.key_data(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids))[:, 0]
+    one_to_two = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32)
+    uniform = jnp.maximum(one_to_two - 1.0, jnp.finfo(jnp.float32).tiny)
+    return -jnp.log(-jnp.log(uniform))
 
 
 def _top_k(probabilities: Float[Array, "slots vocab"], k: Int[Array, " slots"]) -> Float[Array, "slots vocab"]:
     enough = jnp.where(k > 0, k, probabilities.shape[-1])[:, None]
-    threshold = _largest(lambda t: jnp.sum(probabilities >= t, axis=-1, keepdims=True) >= enough, len(k))
-    return jnp.where(probabilities >= threshold, probabilities, 0.0)
+
+    def holds(thresholds: Float[Array, "slots some"]) -> Bool[Array, "slots some"]:
+        return jnp.sum(probabilities[:, None, :] >= thresholds[:, :, None], axis=-1) >= enough
+
+    return jnp.where(probabilities >= _largest(holds, len(k)), probabilities, 0.0)
 
 
 def _top_p(probabilities: Float[Array, "slots vocab"], p: Float[Array, " slots"]) -> Float[Array, "slots vocab"]:
-    total = jnp.sum(probabilities, axis=-1, keepdims=True)
+    wanted = p[:, None] * jnp.sum(probabilities, axis=-1, keepdims=True)
 
-    def reaches(t: Float[Array, "slots 1"]) -> Bool[Array, "slots 1"]:
-        return jnp.sum(jnp.where(probabilities >= t, probabilities, 0.0), axis=-1, keepdims=True) >= p[:, None] * total
+    def holds(thresholds: Float[Array, "slots some"]) -> Bool[Array, "slots some"]:
+        all = probabilities[:, None, :]
+        return jnp.sum(jnp.where(all >= thresholds[:, :, None], all, 0.0), axis=-1) >= wanted
 
-    threshold = jnp.where(p[:, None] < 1, _largest(reaches, len(p)), 0.0)
+    threshold = jnp.where(p[:, None] < 1, _largest(holds, len(p)), 0.0)
     return jnp.where(probabilities >= threshold, probabilities, 0.0)
 
 
-def _largest(holds: Callable[[Float[Array, "slots 1"]], Bool[Array, "slots 1"]], slots: int) -> Float[Array, "slots 1"]:
-    """The largest float in [0, 1] for which `holds`, which must hold at 0 and not come back once it has failed."""
+def _largest(
+    holds: Callable[[Float[Array, "slots some"]], Bool[Array, "slots some"]], slots: int
+) -> Float[Array, "slots 1"]:
+    """The largest float in [0, 1] for which `holds`, which must hold at 0 and not come back once it has failed.
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low + 1) // 2
-        good = holds(jax.lax.bitcast_convert_type(middle, jnp.float32))
-        return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
-
+    Positive floats sort as their bits do, of which 30 matter up to 1.0: two are found at a time.
+    """
+    digits = jnp.arange(1, 4, dtype=jnp.int32)[None, :]
     low = jnp.zeros((slots, 1), jnp.int32)
-    high = jnp.full((slots, 1), 0x3F800000, jnp.int32)  # the bits of 1.0; positive floats sort as their bits do
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
+    for shift in range(28, -1, -2):
+        tried = low + (digits << shift)
+        good = holds(jax.lax.bitcast_convert_type(tried, jnp.float32)) & (tried <= 0x3F800000)  # the bits of 1.0
+        low = low + (jnp.sum(good, axis=1, keepdims=True, dtype=jnp.int32) << shift)
     return jax.lax.bitcast_convert_type(low, jnp.float32)

@@ -18,7 +18,7 @@ from dflash_jax.models.layers import KvPool
 from dflash_jax.speculate.draw import draw
 from dflash_jax.speculate.logprobs import Logprobs
 from dflash_jax.speculate.path import choose_path
-from dflash_jax.speculate.sampling import SamplingParameters, greedy
+from dflash_jax.speculate.sampling import SamplingParameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +79,9 @@ def no_proposals(slots: Slots, rows: int) -> Int[Array, "slots proposals"]:
 
 
 def propose(
-    networks: Networks, pools: Pools, slots: Slots, *, rows: int, page_size: int
+    networks: Networks, pools: Pools, slots: Slots, sampling: SamplingParameters, *, rows: int, page_size: int
 ) -> tuple[Int[Array, "slots proposals"], Pools]:
-    """The drafter's most likely token for each of the `rows - 1` rows after the anchor."""
+    """The tokens that the drafter expects the target to choose for each of the `rows - 1` rows after the anchor."""
     target, drafter = networks.target, networks.drafter
     if drafter is None:
         raise ValueError("propose needs a drafter")
@@ -89,10 +89,7 @@ def propose(
     place = _place(slots, block.shape[1], page_size)
     hidden, drafter_pools = drafter(target.embed(block), pools.drafter, place)
     selector = drafter.path if drafter.config.path_rank else None
-    if selector is None:
-        proposals = greedy(target.project(hidden[:, 1:rows]))
-    else:
-        proposals = choose_path(target, selector, hidden[:, 1:rows], slots.anchor)
+    proposals = choose_path(target, selector, hidden[:, 1:rows], slots.anchor, sampling, slots.number)
     return proposals, dataclasses.replace(pools, drafter=drafter_pools)
 
 

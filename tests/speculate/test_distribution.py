@@ -78,9 +78,9 @@ SETTINGS = {
 
 
 class TableDrafter(nnx.Module):
-    """Proposes `table[anchor]`, whatever came before the anchor."""
+    """Proposes `table[anchor]`, whatever came before the anchor; if it is not loud, what noise makes of that."""
 
-    def __init__(self, target: Decoder, table: np.ndarray) -> None:
+    def __init__(self, target: Decoder, table: np.ndarray, loudness: float = 50.0) -> None:
         assert target.head is not None
         self.config = dataclasses.replace(
             DRAFTER,
@@ -94,7 +94,7 @@ class TableDrafter(nnx.Module):
         self.table = nnx.Param(jnp.asarray(table, jnp.int32))
         self.embedding = nnx.Param(target.embedding.get_value())
         # Row t is what the target's head turns into token t.
-        self.hidden = nnx.Param(jnp.asarray(np.linalg.pinv(np.asarray(target.head.weight.get_value())).T))
+        self.hidden = nnx.Param(jnp.asarray(loudness * np.linalg.pinv(np.asarray(target.head.weight.get_value())).T))
 
     def read(self, features: jax.Array, pools: Any, place: Place) -> Any:
         return tuple(pools)
@@ -218,8 +218,8 @@ def make_answer(target: Decoder) -> Callable[..., np.ndarray]:
         )
         return visit.tokens[:, :LONGEST], visit.steps
 
-    def answer(parameters: SamplingParameters, table: np.ndarray | None) -> np.ndarray:
-        drafter = None if table is None else TableDrafter(target, table)
+    def answer(parameters: SamplingParameters, table: np.ndarray | None, **options: float) -> np.ndarray:
+        drafter = None if table is None else TableDrafter(target, table, **options)
         return np.asarray(run(*nnx.split(drafter), parameters)[0])
 
     return answer
@@ -249,6 +249,7 @@ def tables_of(logits: dict[tuple[int, ...], np.ndarray]) -> dict[str, np.ndarray
     return {
         "none": None,
         "good": np.asarray(good),
+        QUIET: np.asarray(good),
         "bad": np.random.default_rng(2).integers(0, VOCABULARY, (VOCABULARY, ROWS - 1)),
         "always the least likely": np.repeat(np.asarray(unlikely)[:, None], ROWS - 1, axis=1),
         "always the end": np.full((VOCABULARY, ROWS - 1), STOP),
@@ -256,7 +257,8 @@ def tables_of(logits: dict[tuple[int, ...], np.ndarray]) -> dict[str, np.ndarray
     }
 
 
-DRAFTERS = ("none", "good", "bad", "always the least likely", "always the end", "always the anchor")
+QUIET = "good, in two minds"
+DRAFTERS = ("none", "good", QUIET, "bad", "always the least likely", "always the end", "always the anchor")
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +267,7 @@ def answers(target: Decoder, logits: dict[tuple[int, ...], np.ndarray]) -> dict[
     answer = make_answer(target)
     parameters = parameters_of(list(SETTINGS.values()), SLOTS_EACH)
     tables = tables_of(logits)
-    return {name: answer(parameters, tables[name]) for name in DRAFTERS}
+    return {name: answer(parameters, tables[name], **({"loudness": 2.0} if name == QUIET else {})) for name in DRAFTERS}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -48,7 +48,9 @@ class Scripts:
         self.tokens = tokens
 
 
-def propose_scripts(networks: Any, pools: Pools, slots: Slots, *, rows: int, page_size: int) -> tuple[jax.Array, Pools]:
+def propose_scripts(
+    networks: Any, pools: Pools, slots: Slots, sampling: Any, *, rows: int, page_size: int
+) -> tuple[jax.Array, Pools]:
     numbers = slots.number[:, None] + jnp.arange(rows - 1, dtype=jnp.int32)[None, :]
     return jnp.take_along_axis(networks.drafter.tokens, numbers, axis=1, mode="clip"), pools
 
