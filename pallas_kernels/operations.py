@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -36,11 +39,12 @@ from pallas_kernels.cases import (
 from pallas_kernels.quantised_matmul.api import matmul
 from pallas_kernels.residual_norm.api import residual_norm
 from pallas_kernels.sparse_attention.api import attend_blocks, select_blocks
-from pallas_kernels.timing import copies_of, seconds_per_call
+from pallas_kernels.timing import copies_of, repeated, seconds_of
 from pallas_kernels.token_scoring.api import token_scores
 
 _TOLERANCES = {"bfloat16": 2e-2}
 _TOLERANCE = 1e-4
+_REPEATS = 10
 _REFERENCE_REPEATS = 2
 """XLA's reference takes up to a hundred times as long as the kernel."""
 
@@ -205,23 +209,72 @@ def in_f32(arguments: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, arguments)
 
 
-def measure(operation: Operation, case: Case, limits: Limits | None) -> dict[str, Any]:
-    """Error and time of a case on the default device: Triton on a GPU, elsewhere what the operation picks itself.
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One of what a measurement compiles: a function and the shapes of its arguments."""
+
+    function: Callable[..., Any]
+    specs: tuple[Any, ...]
+    exact: bool = False
+    """Whether products of f32 are exact."""
+
+    def compile(self) -> Callable[..., jax.Array]:
+        """For the default device."""
+        with jax.default_matmul_precision("highest") if self.exact else contextlib.nullcontext():
+            return jax.jit(self.function).lower(*self.specs).compile()
+
+
+def programs(operation: Operation, case: Case, implementation: str | None, *, copies: int) -> dict[str, Program]:
+    """What a measurement of a case compiles, of which "kernel" is the operation itself."""
+    positional, keywords = shapes(case)
+    kernel = functools.partial(operation.function, **keywords, implementation=implementation)
+    reference = functools.partial(operation.function, **keywords, implementation="reference")
+    first, *rest = positional
+    sets = jax.eval_shape(lambda arrays: copies_of(arrays, case.bytes, most=copies), rest)
+    return {
+        "kernel": Program(kernel, positional),
+        "timed kernel": Program(repeated(kernel, _REPEATS), (first, sets)),
+        "timed reference": Program(repeated(reference, _REFERENCE_REPEATS), (first, sets)),
+        "reference": Program(reference, jax.eval_shape(in_f32, positional), exact=True),
+    }
+
+
+def measure(todo: Sequence[tuple[Operation, Case]], limits: Limits | None) -> Iterator[dict[str, Any]]:
+    """Error and time of cases on the default device: Triton on a GPU, elsewhere what the operation picks itself.
 
     The error is against the reference in f32 and with exact products. `us_reference` is the reference as XLA compiles
-    it. Without limits `floor_us` and `of_floor` (floor over time: 1 is perfect) are None.
+    it. Without limits `floor_us` and `of_floor` (floor over time: 1 is perfect) are None. Compiling takes most of the
+    time, and all cores do it, for some cases at a time: on a GPU XLA tries out matmuls meanwhile, which would disturb.
     """
     on_gpu = jax.default_backend() == "gpu"
-    positional, keywords = case.arguments()
-    kernel = functools.partial(operation.function, **keywords, implementation="triton" if on_gpu else None)
-    reference = functools.partial(operation.function, **keywords, implementation="reference")
-    with jax.default_matmul_precision("highest"):
-        expected = np.asarray(jax.jit(reference)(*in_f32(positional)), np.float32)
-    actual = np.asarray(jax.jit(kernel)(*positional), np.float32)
+    copies, workers = (4 if on_gpu else 1), os.cpu_count() or 1
+
+    def compiled(each: tuple[Operation, Case]) -> dict[str, Callable[..., jax.Array]]:
+        found = programs(*each, "triton" if on_gpu else None, copies=copies)
+        return {name: program.compile() for name, program in found.items()}
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(todo), 2 * workers):
+            batch = todo[start : start + 2 * workers]
+            for (operation, case), runs in zip(batch, list(pool.map(compiled, batch)), strict=True):
+                yield _measured(operation, case, limits, runs, copies)
+
+
+def _measured(
+    operation: Operation,
+    case: Case,
+    limits: Limits | None,
+    runs: Mapping[str, Callable[..., jax.Array]],
+    copies: int,
+) -> dict[str, Any]:
+    positional, _ = case.arguments()
+    expected = np.asarray(runs["reference"](*in_f32(positional)), np.float32)
+    actual = np.asarray(runs["kernel"](*positional), np.float32)
     error, tolerance = operation.error(actual, expected), _TOLERANCES.get(case.dtype, _TOLERANCE)
     first, *rest = positional
-    sets = copies_of(rest, case.bytes, most=4 if on_gpu else 1)
-    seconds = seconds_per_call(kernel, first, sets)
+    sets = copies_of(rest, case.bytes, most=copies)
+    seconds = seconds_of(runs["timed kernel"], first, sets) / _REPEATS / len(sets)
+    reference = seconds_of(runs["timed reference"], first, sets) / _REFERENCE_REPEATS / len(sets)
     floor = limits.seconds(case) if limits else None
     return {
         "operation": operation.name,
@@ -229,7 +282,7 @@ def measure(operation: Operation, case: Case, limits: Limits | None) -> dict[str
         "relative_error": float(f"{error:.3g}"),
         "tolerance": tolerance,
         "us": round(1e6 * seconds, 1),
-        "us_reference": round(1e6 * seconds_per_call(reference, first, sets, repeats=_REFERENCE_REPEATS), 1),
+        "us_reference": round(1e6 * reference, 1),
         "floor_us": round(1e6 * floor, 2) if floor else None,
         "of_floor": round(floor / seconds, 3) if floor else None,
         "ok": bool(np.isfinite(actual).all() and error <= tolerance),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,13 +35,6 @@ def repeated(function: Callable[..., jax.Array], repeats: int) -> jax.stages.Wra
         return jax.lax.fori_loop(0, repeats, again, first)
 
     return many
-
-
-def seconds_per_call(
-    function: Callable[..., jax.Array], first: jax.Array, sets: Sequence[Sequence[Any]], repeats: int = 10
-) -> float:
-    """Seconds of `function(first, *arguments)` with each of the sets of other arguments, by the program above."""
-    return seconds_of(repeated(function, repeats), first, sets) / repeats / len(sets)
 
 
 def seconds_of(run: Callable[..., jax.Array], *arguments: Any) -> float:

@@ -25,8 +25,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from pallas_kernels.operations import OPERATIONS, Case, Operation, in_f32, shapes
-from pallas_kernels.timing import copies_of, repeated
+from pallas_kernels.operations import OPERATIONS, Case, Operation, programs
 
 _PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 _COMPILERS = ("nvidia.cuda_nvcc", "nvidia.cu13")
@@ -77,18 +76,11 @@ def _installed(modules: tuple[str, ...]) -> bool:
 
 
 def _programs(operation: Operation, case: Case, *, measured: bool) -> Iterator[Program]:
-    """The Triton kernel; with `measured`, everything that `pallas_kernels.operations.measure` compiles."""
-    positional, keywords = shapes(case)
-    kernel = functools.partial(operation.function, **keywords, implementation="triton")
-    yield "kernel", kernel, positional
-    if not measured:
-        return
-    reference = functools.partial(operation.function, **keywords, implementation="reference")
-    first, *rest = positional
-    sets = jax.eval_shape(lambda arrays: copies_of(arrays, case.bytes, most=4), rest)
-    yield "timed kernel", repeated(kernel, 10), (first, sets)
-    yield "timed reference", repeated(reference, 10), (first, sets)
-    yield "reference", jax.default_matmul_precision("highest")(reference), jax.eval_shape(in_f32, positional)
+    """The Triton kernel; with `measured`, everything that a measurement compiles."""
+    for name, program in programs(operation, case, "triton", copies=4).items():
+        if measured or name == "kernel":
+            exact = jax.default_matmul_precision("highest")
+            yield name, exact(program.function) if program.exact else program.function, program.specs
 
 
 def _compile(program: Program, *, device: jax.Device, folder: Path | None) -> tuple[str, bool]:

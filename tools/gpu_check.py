@@ -30,8 +30,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     report: dict[str, Any] = {**environment(), "command": " ".join(["python", *sys.argv]), "rows": rows}
-    for operation, case in cases():
-        rows.append(measure(operation, case, device_limits()))
+    for row in measure(cases(), device_limits()):
+        rows.append(row)
         print(json.dumps(rows[-1]), flush=True)
         write(arguments.json, report)  # as it goes: a limit on the time of a run loses nothing
     if not arguments.no_model:

@@ -32,9 +32,9 @@ def run(*, json_file: Path | None = None, operation: str | None = None, tune: bo
     rows: list[dict[str, Any]] = []
     report = {**environment(), "rows": rows}
     with progress_bar() as progress:
-        for each, case in todo:
-            progress(f"{each.name}: {case.name}", len(rows), len(todo))
-            rows.append(measure(each, case, device_limits()))
+        for row in measure(todo, device_limits()):
+            rows.append(row)
+            progress(f"{row['operation']}: {row['case']}", len(rows), len(todo))
             write(json_file, report)  # as it goes: a limit on the time of a run loses nothing
         progress("measured", len(todo), len(todo))
     _print(report)
