@@ -20,7 +20,7 @@ DEVICES = {"cpu": "2 CPU cores", "h100": "H100"}
 def main() -> None:
     fill(ROOT / "README.md", [*prefill(), "", *decode(), "", *steps()])
     fill(ROOT / "docs" / "training.md", drafting())
-    fill(ROOT / "docs" / "kernels.md", [*checks(), "", *matmuls(), "", *whole_steps()])
+    fill(ROOT / "docs" / "kernels.md", [*checks(), "", *matmuls(), "", *whole_steps(), "", *shares()])
 
 
 def fill(file: Path, lines: list[str]) -> None:
@@ -62,14 +62,14 @@ def decode() -> list[str]:
 
 
 def drafting() -> list[str]:
-    """Accept lengths and rates of each set of prompts, for each drafter that was measured on them."""
+    """Accept lengths and rates of each set of prompts."""
     lines = [
-        "| drafter | prompts | accept length | plain tokens/s | DFlash tokens/s | tokens equal |",
+        "| drawn at | prompts | accept length | plain tokens/s | DFlash tokens/s | tokens equal |",
         "|---|---|---|---|---|---|",
     ]
     for file in sorted(RESULTS.glob("h100-smollm2-decode*.json"), key=lambda file: (len(file.stem), file.stem)):
         report = read(file.name)
-        name = file.stem.removeprefix("h100-smollm2-decode").strip("-") or "shipped"
+        name = f"temperature {report['temperature']}"
         for prompts, row in {**report["sets"], "all": report["total"]}.items():
             lines.append(
                 f"| {name} | {prompts} | {row['accept_length']:.2f} | {row['tok_s_plain']:.0f} "
@@ -106,12 +106,13 @@ def checks() -> list[str]:
 
 
 def matmuls() -> list[str]:
-    """The best configs of the sweep."""
-    lines = ["| 16 rows, w4 (best of the sweep) | time | floor | of the limit |", "|---|---|---|---|"]
-    for line in (RESULTS / "h100-w4-tune.jsonl").read_text(encoding="utf-8").splitlines():
+    """The best configs of the sweeps: kernels alone, or in a chain of calls with the adding of their splits."""
+    lines = ["| 16 rows, best of a sweep | measured | time | floor | of the limit |", "|---|---|---|---|---|"]
+    for line in (RESULTS / "h100-matmul-tune.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         floor = 1e6 * row["bytes"] / BANDWIDTH["NVIDIA H100 80GB HBM3"]
-        lines.append(f"| {row['case']} | {row['us']:.0f} µs | {floor:.1f} µs | {100 * floor / row['us']:.0f} % |")
+        share = f"{100 * floor / row['us']:.0f} %"
+        lines.append(f"| {row['case']} | {row['measured']} | {row['us']:.1f} µs | {floor:.1f} µs | {share} |")
     return lines
 
 
@@ -127,6 +128,19 @@ def whole_steps() -> list[str]:
             lines.append(
                 f"| {report['model'].partition(',')[0]} | {row['context']:,} | {row['step_ms']:.1f} ms "
                 f"| {row['limit_ms']:.1f} ms | {row['block_ms']:.1f} ms | {rates} |"
+            )
+    return lines
+
+
+def shares() -> list[str]:
+    """What a step of the small model spends its time on."""
+    lines = ["| SmolLM2 on an H100 | kernel | calls | time | share |", "|---|---|---|---|---|"]
+    for kind in read("h100-smollm2-profile.json")["kinds"]:
+        for row in kind["operations"][:8]:
+            name = row["name"].strip("_")
+            lines.append(
+                f"| {kind['kind']}, {kind['busy_us']:.0f} µs in {kind['kernels']:.0f} kernels | `{name}` "
+                f"| {row['calls']:.0f} | {row['us']:.0f} µs | {100 * row['share']:.0f} % |"
             )
     return lines
 

@@ -88,5 +88,6 @@ def _figure(report: Mapping[str, Any], label: str, panels: int = 1) -> tuple[Any
 
 
 def _save(path: Path, figure: Any, axes: Any) -> None:
-    axes.legend(frameon=False)
+    axes.margins(y=0.2)
+    axes.legend(frameon=False, loc="upper left", ncols=2)
     figure.savefig(path, dpi=150)
