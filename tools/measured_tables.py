@@ -137,9 +137,8 @@ def shares() -> list[str]:
     lines = ["| SmolLM2 on an H100 | kernel | calls | time | share |", "|---|---|---|---|---|"]
     for kind in read("h100-smollm2-profile.json")["kinds"]:
         for row in kind["operations"][:8]:
-            name = row["name"].strip("_")
             lines.append(
-                f"| {kind['kind']}, {kind['busy_us']:.0f} µs in {kind['kernels']:.0f} kernels | `{name}` "
+                f"| {kind['kind']}, {kind['busy_us']:.0f} µs in {kind['kernels']:.0f} kernels | `{row['name']}` "
                 f"| {row['calls']:.0f} | {row['us']:.0f} µs | {100 * row['share']:.0f} % |"
             )
     return lines

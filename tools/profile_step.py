@@ -69,7 +69,7 @@ def profile(engine: Engine, rows: int, context: int) -> dict[str, Any]:
                 if plane.name.startswith("/device:") and not line.name.startswith("Stream"):
                     continue
                 for event in line.events:
-                    name = re.sub(r"[._]?\d+.*$", "", event.name) or event.name
+                    name = re.sub(r"[._]*\d+.*$", "", event.name).strip("_") or event.name
                     seconds[name] += event.duration_ns / 1e9
                     counts[name] += 1
     busy = sum(seconds.values()) or 1.0
