@@ -5,6 +5,7 @@ python tools/measured_tables.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ DEVICES = {"cpu": "2 CPU cores", "h100": "H100"}
 
 def main() -> None:
     fill(ROOT / "README.md", [*prefill(), "", *decode(), "", *steps()])
-    fill(ROOT / "docs" / "training.md", drafting())
+    fill(ROOT / "docs" / "training.md", [*drafting(), "", *by_context()])
     fill(ROOT / "docs" / "kernels.md", [*checks(), "", *matmuls(), "", *whole_steps(), "", *shares()])
 
 
@@ -75,6 +76,24 @@ def drafting() -> list[str]:
                 f"| {name} | {prompts} | {row['accept_length']:.2f} | {row['tok_s_plain']:.0f} "
                 f"| {row['tok_s_dflash']:.0f} | {'yes' if row['equal_tokens'] else 'no'} |"
             )
+    return lines
+
+
+def by_context() -> list[str]:
+    """Accept lengths of prompts that are alike in length; total tokens over total steps."""
+    lines = [
+        "| tokens of context, greedy | prompts | accept length | plain tokens/s | DFlash tokens/s |",
+        "|---|---|---|---|---|",
+    ]
+    rows = read("h100-smollm2-decode.json")["rows"]
+    for first, end in itertools.pairwise((0, 512, 1500, 2500, 3500, 8192)):
+        here = [row for row in rows if first <= row["prompt_tokens"] < end]
+        tokens = sum(row["new_tokens"] for row in here)
+        length, plain, fast = (
+            tokens / sum(row["new_tokens"] / row[key] for row in here)
+            for key in ("accept_length", "tok_s_plain", "tok_s_dflash")
+        )
+        lines.append(f"| {first:,} to {end:,} | {len(here)} | {length:.2f} | {plain:.0f} | {fast:.0f} |")
     return lines
 
 
