@@ -26,6 +26,7 @@ from dflash_jax.engine.answer import Job, Shared, follow
 from dflash_jax.engine.chat import begin_answer, build_prompt, text_prompt
 from dflash_jax.engine.compilation import compilations
 from dflash_jax.engine.loading import Model, Progress, load_model
+from dflash_jax.engine.profile import Profile
 from dflash_jax.engine.programs import Programs
 from dflash_jax.engine.request import (
     EngineWarning,
@@ -38,9 +39,11 @@ from dflash_jax.engine.request import (
     Sampling,
     TextDelta,
 )
+from dflash_jax.engine.room import Reserved, free_bytes, reserve, sequence_bytes
 from dflash_jax.engine.runner import Runner
 from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.decoder import Decoder
+from dflash_jax.models.drafter import Drafter
 from dflash_jax.speculate.pace import StepTimes
 
 _END_TOKENS = 16
@@ -80,16 +83,16 @@ class Engine:
         if keep_ratio is not None and not 0 < keep_ratio <= 1:
             raise ValueError(f"keep ratio {keep_ratio} is not in (0, 1]: give the fraction of prompt tokens to keep")
         target, scorer, profile = model.target, model.scorer, model.profile
-        max_sessions = max_sessions or profile.max_sessions
         if dflash == "on" and model.drafter is None:
             _warn("DFlash is on but there is no drafter, so that nothing is drafted: name one (--drafter)")
         self.model_id = model.model_id
-        self.context_length = _context_length(context_length, target.config)
+        reserved = _reserve(model, context_length, max_sessions, drafts=dflash != "off", scores=pflash != "off")
+        self.context_length, max_sessions = reserved.context_length, reserved.max_sessions
         self._tokenizer, self._template = model.tokenizer, model.template
         self.chat_template = model.template.source
         self._scores = pflash != "off"
         depth = early_exit(target.config) if scorer is None else full_depth(scorer.config)
-        pages_per_sequence = -(-(self.context_length + QUESTION_ROWS + profile.block_rows[-1]) // profile.page_size)
+        pages_per_sequence = _pages(self.context_length, profile)
         # Every running answer can grow to the whole window, and one prompt can be scored beside them.
         sequences = max_sessions + self._scores
         num_pages = 1 + sequences * pages_per_sequence
@@ -319,10 +322,37 @@ def _context_length(asked: int | None, config: ModelConfig) -> int:
     return min(asked or config.context_length, config.context_length)
 
 
+def _pages(context_length: int, profile: Profile) -> int:
+    """Of a sequence with that many tokens."""
+    return -(-(context_length + QUESTION_ROWS + profile.block_rows[-1]) // profile.page_size)
+
+
+def _reserve(model: Model, context: int | None, sessions: int | None, *, drafts: bool, scores: bool) -> Reserved:
+    """What was asked for, or as much of it as fits the device's memory."""
+    config, profile, drafter = model.target.config, model.profile, model.drafter if drafts else None
+
+    def bytes_of(tokens: int) -> int:
+        pages = _pages(tokens, profile)
+        ring = profile.ring(config, pages)
+        sizes = {"tokens": pages * profile.page_size, "ring": ring, "width": profile.dtype.itemsize}
+        return sequence_bytes(config, drafter.config if drafter else None, **sizes)
+
+    weights = sum(_bytes(network) for network in (model.target, drafter, model.scorer) if network is not None)
+    wanted = Reserved(_context_length(context, config), sessions or profile.max_sessions)
+    lowered = {"sessions": sessions is None, "context": context is None}
+    reserved = reserve(wanted, bytes_of, free_bytes(weights), beside=int(scores), **lowered)
+    if reserved != wanted:
+        _warn(
+            f"the device's memory holds {reserved.max_sessions} of {wanted.max_sessions} answers at a time with a "
+            f"context of {reserved.context_length:,} of {wanted.context_length:,} tokens"
+        )
+    return reserved
+
+
 def _warn(text: str) -> None:
     warnings.warn(text, EngineWarning, stacklevel=3)
 
 
-def _bytes(model: Decoder) -> int:
+def _bytes(model: Decoder | Drafter) -> int:
     """Bytes of the layers' weights: what a pass costs, roughly, for models in the same format."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers))

@@ -1,0 +1,88 @@
+"""What fits the device's memory beside the weights: how many answers at a time, and with what context.
+
+The engine reserves K and V for all of them when it starts, so that no answer can run out of pages later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from dflash_jax.models.config import DrafterConfig, ModelConfig
+from dflash_jax.models.ring import Ring
+
+_SHARE = 0.9
+"""Of the memory beside the weights; programs need the rest while they run."""
+_GIGA = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Reserved:
+    """What an engine reserves: a window of `context_length` tokens for each of `max_sessions` answers."""
+
+    context_length: int
+    max_sessions: int
+
+
+class NoRoom(ValueError):
+    """The device's memory does not hold what was asked for."""
+
+
+def sequence_bytes(
+    target: ModelConfig, drafter: DrafterConfig | None, *, tokens: int, ring: Ring | None, width: int
+) -> int:
+    """K and V of one sequence of `tokens` tokens, `width` bytes a number."""
+    held = ring.most_held * ring.page_size if ring else tokens
+    numbers = sum(
+        target.kv_numbers(layer) * (tokens if layer.window is None else min(held, tokens))
+        for layer in target.own_layers
+    )
+    if drafter is not None:
+        numbers += 2 * drafter.num_layers * drafter.num_kv_heads * drafter.head_dim * tokens
+    return width * numbers
+
+
+def free_bytes(weights: int) -> int | None:
+    """Of the default device, beside `weights` bytes, there already or still to come; None if it does not say."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return max(0, int(stats["bytes_limit"]) - max(weights, int(stats.get("bytes_in_use", 0))))
+
+
+def reserve(
+    wanted: Reserved, bytes_of: Callable[[int], int], free: int | None, *, beside: int, sessions: bool, context: bool
+) -> Reserved:
+    """What is wanted, or less of what may be chosen: fewer answers first, then a shorter window.
+
+    `bytes_of` is the need of one sequence of so many tokens; `beside` counts sequences beside the answers. `sessions`
+    and `context` say whether these numbers may be lowered. Raises NoRoom when what is left does not fit.
+    """
+    if free is None:
+        return wanted
+    usable = int(_SHARE * free)
+    fitting = usable // bytes_of(wanted.context_length) - beside
+    if fitting >= wanted.max_sessions:
+        return wanted
+    max_sessions = max(1, fitting) if sessions else wanted.max_sessions
+    if max_sessions <= fitting:
+        return Reserved(wanted.context_length, max_sessions)
+    sequences = max_sessions + beside
+    if context and (length := _longest(wanted.context_length, lambda tokens: sequences * bytes_of(tokens) <= usable)):
+        return Reserved(length, max_sessions)
+    needed = sequences * bytes_of(wanted.context_length) / _GIGA
+    raise NoRoom(
+        f"{max_sessions} answers at a time with a context of {wanted.context_length:,} tokens need {needed:.1f} GB, "
+        f"{usable / _GIGA:.1f} GB are free beside the weights: choose a smaller --context-length or fewer --max-sessions"
+    )
+
+
+def _longest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number of tokens up to `most` that fits; 0 if none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

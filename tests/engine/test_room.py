@@ -1,0 +1,72 @@
+"""What an engine reserves, by what the device's memory holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from dflash_jax.bench.shapes import TARGETS
+from dflash_jax.engine.engine import Engine, EngineWarning
+from dflash_jax.engine.profile import profile_for_device
+from dflash_jax.engine.room import NoRoom, Reserved, reserve, sequence_bytes
+from dflash_jax.models.hf_config import from_hf
+from tests.tiny import DRAFTER, tiny_model
+
+WANTED = Reserved(1000, 4)
+
+
+def per_token(tokens: int) -> int:
+    return 10 * tokens
+
+
+def fit(free: int | None, *, beside: int = 1, sessions: bool = True, context: bool = True) -> Reserved:
+    return reserve(WANTED, per_token, free, beside=beside, sessions=sessions, context=context)
+
+
+def test_what_fits_is_reserved_as_it_was_wanted() -> None:
+    assert fit(None) == WANTED
+    assert fit(60_000) == WANTED  # 0.9 of it are 5.4 windows
+    assert fit(50_000) == Reserved(1000, 3)
+    assert fit(50_000, beside=0) == WANTED
+
+
+def test_fewer_answers_come_before_a_shorter_window() -> None:
+    assert fit(24_000) == Reserved(1000, 1)
+    assert fit(20_000) == Reserved(900, 1)
+    assert fit(20_000, sessions=False) == Reserved(360, 4)
+
+
+def test_what_was_asked_for_is_not_lowered() -> None:
+    with pytest.raises(NoRoom, match="4 answers at a time with a context of 1,000 tokens"):
+        fit(20_000, sessions=False, context=False)
+    with pytest.raises(NoRoom):
+        fit(20_000, context=False)
+    with pytest.raises(NoRoom, match="choose a smaller --context-length"):
+        fit(0)
+
+
+def test_bytes_of_a_sequence_are_those_of_its_pools() -> None:
+    config = from_hf(TARGETS["gemma4-31b"])
+    alone = sequence_bytes(config, None, tokens=131_072, ring=None, width=2)
+    assert alone == 2 * 131_072 * sum(config.kv_numbers(layer) for layer in config.layers)
+    ring = profile_for_device().ring(config, 131_072 // profile_for_device().page_size)
+    assert ring is not None
+    with_ring = sequence_bytes(config, None, tokens=131_072, ring=ring, width=2)
+    full = 2 * 131_072 * sum(config.kv_numbers(layer) for layer in config.layers if layer.window is None)
+    assert full < with_ring < 1.5 * full
+    drafted = sequence_bytes(config, DRAFTER, tokens=100, ring=None, width=4)
+    more = 4 * 100 * 2 * DRAFTER.num_layers * DRAFTER.num_kv_heads * DRAFTER.head_dim
+    assert drafted == sequence_bytes(config, None, tokens=100, ring=None, width=4) + more
+
+
+def test_an_engine_takes_what_its_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    whole = Engine(model)
+    assert whole.context_length == model.target.config.context_length
+    monkeypatch.setattr("dflash_jax.engine.engine.free_bytes", lambda weights: 300_000)
+    with pytest.warns(EngineWarning, match="the device's memory holds 1 of 2 answers"):
+        small = Engine(model)
+    assert 0 < small.context_length <= whole.context_length
+    result = small.generate("abc", max_tokens=5, ignore_eos=True)
+    assert result.token_ids == whole.generate("abc", max_tokens=5, ignore_eos=True).token_ids
+    for engine in (whole, small):
+        engine.close()
