@@ -229,13 +229,14 @@ def programs(operation: Operation, case: Case, implementation: str | None, *, co
     positional, keywords = shapes(case)
     kernel = functools.partial(operation.function, **keywords, implementation=implementation)
     reference = functools.partial(operation.function, **keywords, implementation="reference")
+    wide = functools.partial(reference, **({"dtype": "float32"} if "dtype" in keywords else {}))
     first, *rest = positional
     sets = jax.eval_shape(lambda arrays: copies_of(arrays, case.bytes, most=copies), rest)
     return {
         "kernel": Program(kernel, positional),
         "timed kernel": Program(repeated(kernel, _REPEATS), (first, sets)),
         "timed reference": Program(repeated(reference, _REFERENCE_REPEATS), (first, sets)),
-        "reference": Program(reference, jax.eval_shape(in_f32, positional), exact=True),
+        "reference": Program(wide, jax.eval_shape(in_f32, positional), exact=True),
     }
 
 
@@ -249,15 +250,22 @@ def measure(todo: Sequence[tuple[Operation, Case]], limits: Limits | None) -> It
     on_gpu = jax.default_backend() == "gpu"
     copies, workers = (4 if on_gpu else 1), os.cpu_count() or 1
 
-    def compiled(each: tuple[Operation, Case]) -> dict[str, Callable[..., jax.Array]]:
+    def compiled(each: tuple[Operation, Case]) -> dict[str, Callable[..., jax.Array]] | Exception:
         found = programs(*each, "triton" if on_gpu else None, copies=copies)
-        return {name: program.compile() for name, program in found.items()}
+        try:
+            return {name: program.compile() for name, program in found.items()}
+        except Exception as error:  # what a compiler refuses is a result; the other cases are still to be measured
+            return error
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(todo), 2 * workers):
             batch = todo[start : start + 2 * workers]
             for (operation, case), runs in zip(batch, list(pool.map(compiled, batch)), strict=True):
-                yield _measured(operation, case, limits, runs, copies)
+                if isinstance(runs, Exception):
+                    remark = str(runs).splitlines()[0][:200]
+                    yield {"operation": operation.name, "case": case.name, "error": remark, "ok": False}
+                else:
+                    yield _measured(operation, case, limits, runs, copies)
 
 
 def _measured(

@@ -85,5 +85,5 @@ def _tune(json_file: Path | None, operation: str | None) -> dict[str, Any]:
             floor = 1e6 * limits.seconds(case) if limits else None
             rows.append({**row, "floor_us": round(floor, 2) if floor else None})
             write(json_file, report)
-    Console().print(f"{len(rows)} configs are in tuned.json of {' and '.join(_SWEEPS)}")
+    Console().print(f"{len(rows)} configs are in tuned.json of {' and '.join([operation] if operation else _SWEEPS)}")
     return report

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 
+from dflash_jax.engine.request import RequestError
 from dflash_jax.models.config import DrafterConfig, ModelConfig
 from dflash_jax.models.ring import Ring
 
@@ -26,7 +27,7 @@ class Reserved:
     max_sessions: int
 
 
-class NoRoom(ValueError):
+class NoRoom(RequestError):
     """The device's memory does not hold what was asked for."""
 
 
@@ -74,8 +75,8 @@ def reserve(
         return Reserved(length, max_sessions)
     needed = sequences * bytes_of(wanted.context_length) / _GIGA
     raise NoRoom(
-        f"{max_sessions} answers at a time with a context of {wanted.context_length:,} tokens need {needed:.1f} GB, "
-        f"{usable / _GIGA:.1f} GB are free beside the weights: choose a smaller --context-length or fewer --max-sessions"
+        f"{max_sessions} answers at a time with a context of {wanted.context_length:,} tokens need {needed:.1f} GB; "
+        f"{usable / _GIGA:.1f} GB are left by the weights: choose a smaller --context-length or fewer --max-sessions"
     )
 
 

@@ -237,7 +237,7 @@ class DecoderLayer(nnx.Module):
         stream = self.feed_forward(Stream(stream.value, mixed, self.attention_post_norm))
         if self.per_layer is not None and per_layer is not None:
             x = stream.settled().value
-            stream = Stream(x, self.per_layer(x, per_layer)[None])
+            stream = self.per_layer(x, per_layer)
         factor = None if self.scalar is None else self.scalar.get_value()
         return dataclasses.replace(stream, factor=factor), pool, unrotated
 

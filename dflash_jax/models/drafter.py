@@ -67,12 +67,15 @@ class DrafterLayer(nnx.Module):
     def finish(
         self, x: Float[Array, "slots rows dim"], mixed: Float[Array, "slots rows heads head_dim"]
     ) -> Float[Array, "slots rows dim"]:
-        """The residual stream after the layer, given what attention has mixed."""
-        return self._finish(x, mixed).settled().value
+        """The residual stream after the layer, given what attention has mixed; gradients pass, as training needs."""
+        x = x + self.out(mixed.reshape(*x.shape[:2], -1))
+        return x + self.mlp(self.mlp_norm(x))
 
     def store(self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place) -> KvPool:
         """The pool with K and V of features or of block rows."""
-        return self._attention_rows(self.kv.parts(x), pool, rope, place, x.dtype)[1] or pool
+        _, written = self._attention_rows(self.kv.parts(x), pool, rope, place, x.dtype)
+        assert written is not None
+        return written
 
     def __call__(self, stream: Stream, rope: tuple[Array, Array], pool: KvPool, place: Place) -> tuple[Stream, KvPool]:
         stream, normed = stream.normed(self.attention_norm)

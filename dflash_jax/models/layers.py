@@ -112,6 +112,7 @@ class Stream:
     def settled(self) -> Stream:
         """The stream with its update."""
         if self.update is None:
+            assert self.factor is None, "a factor comes with an update"
             return self
         eps = self._eps or 0.0  # without a post-norm there is nothing to norm
         return Stream(

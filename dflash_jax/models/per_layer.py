@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dflash_jax.models.config import ModelConfig
-from dflash_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, Weight, dense
+from dflash_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, Stream, Weight, dense
 from pallas_kernels.quantised_matmul import api as quantised_matmul
 
 
@@ -43,7 +43,6 @@ class PerLayerGate(nnx.Module):
         self.post_norm = RMSNorm(dense(parameters["post_norm"]), eps=config.norm_eps, offset=config.norm_offset)
         self.activation = config.activation
 
-    def __call__(
-        self, x: Float[Array, "slots rows dim"], vector: Float[Array, "slots rows width"]
-    ) -> Float[Array, "slots rows dim"]:
-        return self.post_norm(self.out(ACTIVATIONS[self.activation](self.gate(x)) * vector))
+    def __call__(self, x: Float[Array, "slots rows dim"], vector: Float[Array, "slots rows width"]) -> Stream:
+        """The stream `x`, with that to be added."""
+        return Stream(x, self.out.parts(ACTIVATIONS[self.activation](self.gate(x)) * vector), self.post_norm)

@@ -63,7 +63,7 @@ def sample(
     probabilities = jax.nn.softmax(scaled, axis=-1)
     k, p = parameters.top_k, parameters.top_p
     # These filters read the vocabulary many times; a request without them should not pay for it.
-    filtered = jnp.any((k > 0) | (p < 1))
+    filtered = jnp.any(warm[:, 0] & ((k > 0) | (p < 1)))
     kept = jax.lax.cond(filtered, lambda: _top_p(_top_k(probabilities, k), p), lambda: probabilities)
     floor = parameters.min_p[:, None] * jnp.max(kept, axis=-1, keepdims=True)
     kept = jnp.where(kept >= floor, kept, 0.0)

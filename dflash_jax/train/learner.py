@@ -185,7 +185,7 @@ def initial_parameters(config: DrafterConfig, seed: int) -> Parameters:
 
 
 def _head(target: Decoder) -> Logits:
-    """The target's head as a dense matrix: kernels for quantised weights let no gradient through."""
+    """The target's head as a dense matrix: kernels for few rows and for quantised weights let no gradient through."""
     matrix = quantised_matmul.dequantise(target.head_weight, target.config.hidden_size).astype(target.dtype)
 
     def logits(hidden: Float[Array, "blocks slots dim"]) -> Float[Array, "blocks slots vocab"]:

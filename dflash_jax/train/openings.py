@@ -19,9 +19,8 @@ from dflash_jax.engine.tokenizer import Tokenizer
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _CUT = "\ufdd1"
 """Stands where a rendered conversation is cut; a noncharacter, which no template touches."""
-
-
 _WORD = re.compile(rb" [A-Z]?[a-z]{4,}")
+"""A token that is a whole word."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ def read_openings(path: Path) -> Openings:
     return Openings(tuple(found), skipped)
 
 
-def own_openings(words: Sequence[str] = (), seed: int = 0) -> Openings:
+def own_openings(words: Sequence[str], seed: int = 0) -> Openings:
     """Beginnings of what people ask, from openings.json: every form with every subject that fits it.
 
     Kinds about `words` take some of those for each form, drawn with `seed`.

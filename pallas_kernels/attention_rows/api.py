@@ -14,9 +14,6 @@ from pallas_kernels.attention_rows.reference import (
     Tables,
     normed_heads,
     rotate,
-    standing,
-    turning,
-    write_rows,
 )
 from pallas_kernels.paged import default_implementation
 
@@ -30,9 +27,6 @@ __all__ = [
     "attention_rows",
     "normed_heads",
     "rotate",
-    "standing",
-    "turning",
-    "write_rows",
 ]
 
 IMPLEMENTATIONS = ("reference", "triton")

@@ -8,6 +8,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.best_tokens import reference, triton
 
 IMPLEMENTATIONS = ("reference", "triton")
+MOST = 64
+"""Tokens that are found one after the other."""
 
 
 def best_tokens(
@@ -19,6 +21,8 @@ def best_tokens(
     """
     if not 0 < count <= logits.shape[-1]:
         raise ValueError(f"count is {count}; a row has {logits.shape[-1]} logits: take between one and all of them")
+    if count > MOST:
+        raise NotImplementedError(f"best_tokens finds {MOST} tokens at most, got count {count}: sort the logits")
     if implementation is None:
         implementation = "triton" if jax.default_backend() == "gpu" else "reference"
     if implementation not in IMPLEMENTATIONS:

@@ -23,7 +23,6 @@ from pallas_kernels.quantised_matmul.weights import (
 
 __all__ = [
     "IMPLEMENTATIONS",
-    "LARGEST_DENSE",
     "W4",
     "W8",
     "Weight",
@@ -39,7 +38,7 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = ("reference", "int8_activations", "triton")
-LARGEST_DENSE = 1 << 26
+_LARGEST_DENSE = 1 << 26
 """Bytes: of 231 MB, a matmul of few rows takes 88 µs by XLA and 130 µs on Triton (H100)."""
 
 
@@ -47,7 +46,9 @@ def matmul(x: Float[Array, "... K"], weight: Weight, *, implementation: str | No
     """`x @ weight.T` in the dtype of x, accumulated in f32 (W8 on a CPU: in int32).
 
     `implementation` is one of IMPLEMENTATIONS; None picks int8_activations for W8 on a CPU, triton for few rows on a
-    GPU and reference otherwise. Dense weights beyond LARGEST_DENSE are the reference's: XLA reads these faster.
+    GPU and reference otherwise. Big dense weights are the reference's: XLA reads these faster. It times several kernels
+    for a matmul of a shape and keeps its choice (in memory and in the persistent cache), so that the programs of plain
+    steps and of blocks have the same one.
     Raises NotImplementedError when the named implementation cannot take this weight, ValueError when shapes do not fit.
     """
     _check(x, weight)
@@ -83,8 +84,8 @@ def _default(x: Array, weight: Weight) -> str:
         return "int8_activations"
     if backend != "gpu" or triton.why_not(math.prod(x.shape[:-1]), x.dtype, weight) is not None:
         return "reference"
-    small = isinstance(weight, W4 | W8) or weight.size * weight.dtype.itemsize <= LARGEST_DENSE
-    return "triton" if small else "reference"
+    big = not isinstance(weight, W4 | W8) and weight.size * weight.dtype.itemsize > _LARGEST_DENSE
+    return "reference" if big else "triton"
 
 
 def _check(x: Array, weight: Weight) -> None:

@@ -48,14 +48,12 @@ class Config:
 
     tile     outputs of a program
     splits   shares of the inputs
-    blocks   blocks of inputs in a step of the loop
     """
 
     tile: int
     splits: int
     warps: int = 4
     stages: int = 4
-    blocks: int = 1
 
 
 def matmul(
@@ -143,7 +141,6 @@ def _run_w4(rows: Array, weight: W4, config: Config, interpret: bool) -> Float[A
         _w4_kernel,
         tile=config.tile,
         share=share,
-        blocks=config.blocks,
         per_plane=weight.group_size != BLOCK,
         interpret=interpret,
     )
@@ -177,12 +174,13 @@ def _call(kernel: Any, arguments: int, rows: int, outputs: int, config: Config, 
 
 
 def _w4_kernel(
-    x_ref, words_ref, scales_ref, out_ref, *, tile: int, share: int, blocks: int, per_plane: bool, interpret: bool
+    x_ref, words_ref, scales_ref, out_ref, *, tile: int, share: int, per_plane: bool, interpret: bool
 ) -> None:
     column, split = pl.program_id(0), pl.program_id(1)
     outputs = pl.ds(column * tile, tile)
 
-    def add(block, total):
+    def visit(number, total):
+        block = split * share + number
         words = plt.load(words_ref.at[pl.ds(block * _PLANE, _PLANE), outputs])
         for plane in range(4):
             scales = plt.load(scales_ref.at[block * 4 + plane if per_plane else block, outputs]).astype(jnp.bfloat16)
@@ -190,12 +188,7 @@ def _w4_kernel(
             total += plt.dot(x, _plane(words, scales, plane, interpret))
         return total
 
-    def visit(number, total):
-        for each in range(blocks):
-            total = add(split * share + number * blocks + each, total)
-        return total
-
-    total = jax.lax.fori_loop(0, share // blocks, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
+    total = jax.lax.fori_loop(0, share, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
     plt.store(out_ref.at[split, :, outputs], total)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dflash_jax.models.decoder import Place
 from dflash_jax.models.drafter import block_tokens, empty_drafter_pools
@@ -33,6 +34,22 @@ def test_blocks_equal_those_of_decoding(windows, causal):
         at = Place(table, jnp.asarray([anchor]), anchor + jnp.arange(6, dtype=jnp.int32)[None], PAGE_SIZE)
         alone, _ = drafter(target.embed(tokens[number : number + 1]), pools, at)
         np.testing.assert_allclose(together[number], alone[0], atol=2e-5)
+
+
+def test_gradients_pass_on_a_gpu(monkeypatch):
+    """Its kernels have no derivative, so that training must not reach them: tracing shows whether it does."""
+    config = dataclasses.replace(DRAFTER, block_size=6)
+    graph, state = nnx.split(tiny_drafter(config=config))
+    features = jnp.ones((1, 80, 2 * config.hidden_size))
+    embeddings = jnp.ones((1, 12, 6, config.hidden_size))
+    anchors = jnp.arange(12, dtype=jnp.int32)[None]
+
+    def loss(state):
+        return jnp.sum(draft_blocks(nnx.merge(graph, state), features, embeddings, anchors))
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    gradients = jax.eval_shape(jax.grad(loss), state)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, state)
 
 
 def test_anchors_stand_in_front_of_answer_tokens_and_slots_count_up_to_its_end():

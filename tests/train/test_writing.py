@@ -8,7 +8,7 @@ import pytest
 
 from dflash_jax.engine.engine import Engine
 from dflash_jax.engine.request import RequestError
-from dflash_jax.train.openings import Opening, joints, opening_ids, own_openings, read_openings
+from dflash_jax.train.openings import Opening, joints, opening_ids, own_openings, plain_words, read_openings
 from dflash_jax.train.writing import Style, Writer
 from tests.tiny import tiny_model
 
@@ -91,8 +91,12 @@ def test_broken_lines_and_empty_turns_are_skipped_and_counted(tmp_path):
 
 def test_own_openings_are_many_and_render():
     model = tiny_model()
-    found = own_openings().found
+    words = plain_words(model.tokenizer) or ["bread", "Paris", "running"]
+    found = own_openings(words).found
     assert len(found) > 1000
+    asked = {opening.messages[-1]["content"] for opening in found}
+    assert "Write a poem about bread" in asked
+    assert asked == {opening.messages[-1]["content"] for opening in own_openings(words).found}
     assert all(len(opening_ids(opening, model.template, model.tokenizer)) > 5 for opening in found[::97])
 
 
