@@ -39,11 +39,10 @@ from dflash_jax.engine.request import (
     Sampling,
     TextDelta,
 )
-from dflash_jax.engine.room import Reserved, free_bytes, reserve, sequence_bytes
+from dflash_jax.engine.room import Reserved, free_bytes, reserve, sequence_bytes, weight_bytes
 from dflash_jax.engine.runner import Runner
 from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.decoder import Decoder
-from dflash_jax.models.drafter import Drafter
 from dflash_jax.speculate.pace import StepTimes
 
 _END_TOKENS = 16
@@ -337,7 +336,7 @@ def _reserve(model: Model, context: int | None, sessions: int | None, *, drafts:
         sizes = {"tokens": pages * profile.page_size, "ring": ring, "width": profile.dtype.itemsize}
         return sequence_bytes(config, drafter.config if drafter else None, **sizes)
 
-    weights = sum(_bytes(network) for network in (model.target, drafter, model.scorer) if network is not None)
+    weights = weight_bytes(model.target, drafter, model.scorer)
     wanted = Reserved(_context_length(context, config), sessions or profile.max_sessions)
     lowered = {"sessions": sessions is None, "context": context is None}
     reserved = reserve(wanted, bytes_of, free_bytes(weights), beside=int(scores), **lowered)
@@ -353,6 +352,6 @@ def _warn(text: str) -> None:
     warnings.warn(text, EngineWarning, stacklevel=3)
 
 
-def _bytes(model: Decoder | Drafter) -> int:
+def _bytes(model: Decoder) -> int:
     """Bytes of the layers' weights: what a pass costs, roughly, for models in the same format."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers))

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+from flax import nnx
 
 from dflash_jax.engine.request import RequestError
 from dflash_jax.models.config import DrafterConfig, ModelConfig
@@ -43,6 +44,11 @@ def sequence_bytes(
     if drafter is not None:
         numbers += 2 * drafter.num_layers * drafter.num_kv_heads * drafter.head_dim * tokens
     return width * numbers
+
+
+def weight_bytes(*networks: nnx.Module | None) -> int:
+    """Of all weights; None has none."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(networks) if hasattr(leaf, "nbytes"))
 
 
 def free_bytes(weights: int) -> int | None:

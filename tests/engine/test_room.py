@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
+from flax import nnx
 
 from dflash_jax.bench.shapes import TARGETS
 from dflash_jax.engine.engine import Engine, EngineWarning
 from dflash_jax.engine.profile import profile_for_device
-from dflash_jax.engine.room import NoRoom, Reserved, reserve, sequence_bytes
+from dflash_jax.engine.room import NoRoom, Reserved, reserve, sequence_bytes, weight_bytes
 from dflash_jax.models.hf_config import from_hf
 from tests.tiny import DRAFTER, tiny_model
 
@@ -56,6 +58,11 @@ def test_bytes_of_a_sequence_are_those_of_its_pools() -> None:
     drafted = sequence_bytes(config, DRAFTER, tokens=100, ring=None, width=4)
     more = 4 * 100 * 2 * DRAFTER.num_layers * DRAFTER.num_kv_heads * DRAFTER.head_dim
     assert drafted == sequence_bytes(config, None, tokens=100, ring=None, width=4) + more
+
+
+def test_weights_are_counted_with_embedding_and_head() -> None:
+    target = tiny_model().target
+    assert weight_bytes(target, None) == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(target)))
 
 
 def test_an_engine_takes_what_its_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
