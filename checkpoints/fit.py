@@ -13,7 +13,7 @@ import jax
 from checkpoints.formats import stored_bytes
 from checkpoints.source import parameter_table
 from dflash_jax.models.config import DrafterConfig, ModelConfig
-from dflash_jax.models.ring import ring_of
+from dflash_jax.models.ring import Ring, ring_of
 
 _FORMATS = {"f32": ("f32", 32), "bf16": ("bf16", 32), "w8": ("w8", 32), "w4 g32": ("w4", 32), "w4 g128": ("w4", 128)}
 _USABLE = 0.9
@@ -36,7 +36,7 @@ def what_fits(config: ModelConfig | DrafterConfig) -> dict[str, Any]:
         label: sum(stored_bytes(name, parameter, *chosen) for name, parameter in table.items())
         for label, chosen in _FORMATS.items()
     }
-    cost = _kv_cost(config)
+    cost = _cost_here(config)
     available, where = device_memory()
     own = {"context_length": config.context_length} if isinstance(config, ModelConfig) else {}
     most = own.get("context_length", sys.maxsize)
@@ -65,12 +65,16 @@ def device_memory() -> tuple[int, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _KvCost:
+class KvCost:
     """A sequence of n tokens costs `per_token * n + sliding * min(n, held)` bytes of K and V."""
 
     per_token: int
     sliding: int = 0
     held: int = 0
+
+    def bytes_of(self, tokens: int) -> int:
+        """K and V of a sequence."""
+        return self.per_token * tokens + self.sliding * min(tokens, self.held)
 
     def longest(self, room: float, most: int) -> int:
         """Tokens of the longest sequence whose K and V fit into so many bytes, `most` at most."""
@@ -80,16 +84,23 @@ class _KvCost:
         return int(min(most, max(0, tokens)))
 
 
-def _kv_cost(config: ModelConfig | DrafterConfig) -> _KvCost:
-    on_gpu = jax.default_backend() == "gpu"
-    width = 2 if on_gpu else 4
+def kv_cost(config: ModelConfig | DrafterConfig, ring: Ring | None, width: int) -> KvCost:
+    """Of the pools of a network, `width` bytes a number; a drafter has no ring."""
     if isinstance(config, DrafterConfig):
-        return _KvCost(2 * config.num_layers * config.num_kv_heads * config.head_dim * width)
-    sizes = _GPU_SIZES if on_gpu else _CPU_SIZES
-    ring = ring_of(config, pages_per_sequence=-(-config.context_length // sizes["page_size"]), **sizes)
+        return KvCost(2 * config.num_layers * config.num_kv_heads * config.head_dim * width)
     total, sliding = 0, 0
     for layer in config.own_layers:
         in_ring = ring is not None and layer.window is not None
         total += width * config.kv_numbers(layer)
         sliding += width * config.kv_numbers(layer) if in_ring else 0
-    return _KvCost(total - sliding, sliding, ring.most_held * ring.page_size if ring else 0)
+    return KvCost(total - sliding, sliding, ring.most_held * ring.page_size if ring else 0)
+
+
+def _cost_here(config: ModelConfig | DrafterConfig) -> KvCost:
+    on_gpu = jax.default_backend() == "gpu"
+    width = 2 if on_gpu else 4
+    if isinstance(config, DrafterConfig):
+        return kv_cost(config, None, width)
+    sizes = _GPU_SIZES if on_gpu else _CPU_SIZES
+    ring = ring_of(config, pages_per_sequence=-(-config.context_length // sizes["page_size"]), **sizes)
+    return kv_cost(config, ring, width)

@@ -39,12 +39,15 @@ Found = tuple[str, Any, dict[str, Any]]
 
 def tuned(file: Path, key: str) -> dict[str, Any] | None:
     """The fields of the Config that was fastest on the device at hand, if the file has it."""
-    return _read(file).get(jax.devices()[0].device_kind, {}).get(key)
+    return _cached(file).get(jax.devices()[0].device_kind, {}).get(key)
 
 
-@functools.cache
 def _read(file: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+_cached = functools.cache(_read)
+"""What is traced asks for each layer."""
 
 
 def sweep(
@@ -55,7 +58,7 @@ def sweep(
     The best config of a case goes into the file at once.
     """
     device = jax.devices()[0].device_kind
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known = _read(file)
     for index, case in enumerate(cases):
         share = (end - time.perf_counter()) / (len(cases) - index)
         found = tune(case, time.perf_counter() + share)

@@ -61,6 +61,9 @@ def _print(report: dict[str, Any]) -> None:
     for title in ("µs", "floor µs", "of floor", "XLA µs", "error"):
         table.add_column(title, justify="right")
     for row in report["rows"]:
+        if "error" in row:
+            table.add_row(row["operation"], row["case"], *"----", row["error"])
+            continue
         share = "-" if row["of_floor"] is None else f"{100 * row['of_floor']:.0f} %"
         error = f"{row['relative_error']:.1e}{'' if row['ok'] else ' TOO LARGE'}"
         cells = (row["us"], row["floor_us"] or "-", share, row["us_reference"], error)

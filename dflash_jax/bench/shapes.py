@@ -25,6 +25,7 @@ from dflash_jax.compress.score import early_exit
 from dflash_jax.console import progress_bar
 from dflash_jax.engine.profile import profile_for_device
 from dflash_jax.engine.programs import Programs, new_slots, sampling_parameters
+from dflash_jax.engine.room import weight_bytes
 from dflash_jax.models.config import DrafterConfig, ModelConfig, RopeConfig
 from dflash_jax.models.decoder import Decoder
 from dflash_jax.models.drafter import Drafter
@@ -106,7 +107,7 @@ def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> d
             ring=ring,
             num_ring_pages=ring.width + 1 if ring else 1,
         )
-        sizes = (_bytes(target), _bytes(drafter))
+        sizes = (weight_bytes(target), weight_bytes(drafter))
         del target, drafter
         rows = []
         for context in contexts:
@@ -199,10 +200,6 @@ def _drafter_config(shape: str, config: ModelConfig) -> DrafterConfig:
         num_target_layers=config.num_layers,
         vocab_size=config.vocab_size,
     )
-
-
-def _bytes(module: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(module) if hasattr(leaf, "nbytes"))
 
 
 def _head_bytes(config: ModelConfig) -> int:

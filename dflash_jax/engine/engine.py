@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from checkpoints.fit import kv_cost
 from dflash_jax.cache.pages import PageAllocator
 from dflash_jax.cache.sessions import RingPages, SessionStore
 from dflash_jax.compress.prune import Gate, Mode, Positions
@@ -39,7 +40,7 @@ from dflash_jax.engine.request import (
     Sampling,
     TextDelta,
 )
-from dflash_jax.engine.room import Reserved, free_bytes, reserve, sequence_bytes, weight_bytes
+from dflash_jax.engine.room import Reserved, free_bytes, reserve, weight_bytes
 from dflash_jax.engine.runner import Runner
 from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.decoder import Decoder
@@ -333,8 +334,9 @@ def _reserve(model: Model, context: int | None, sessions: int | None, *, drafts:
     def bytes_of(tokens: int) -> int:
         pages = _pages(tokens, profile)
         ring = profile.ring(config, pages)
-        sizes = {"tokens": pages * profile.page_size, "ring": ring, "width": profile.dtype.itemsize}
-        return sequence_bytes(config, drafter.config if drafter else None, **sizes)
+        rings = [(config, ring), *([(drafter.config, None)] if drafter else [])]
+        costs = [kv_cost(each, its_ring, profile.dtype.itemsize) for each, its_ring in rings]
+        return sum(cost.bytes_of(pages * profile.page_size) for cost in costs)
 
     weights = weight_bytes(model.target, drafter, model.scorer)
     wanted = Reserved(_context_length(context, config), sessions or profile.max_sessions)

@@ -12,8 +12,6 @@ import jax
 from flax import nnx
 
 from dflash_jax.engine.request import RequestError
-from dflash_jax.models.config import DrafterConfig, ModelConfig
-from dflash_jax.models.ring import Ring
 
 _SHARE = 0.9
 """Of the memory beside the weights; programs need the rest while they run."""
@@ -30,20 +28,6 @@ class Reserved:
 
 class NoRoom(RequestError):
     """The device's memory does not hold what was asked for."""
-
-
-def sequence_bytes(
-    target: ModelConfig, drafter: DrafterConfig | None, *, tokens: int, ring: Ring | None, width: int
-) -> int:
-    """K and V of one sequence of `tokens` tokens, `width` bytes a number."""
-    held = ring.most_held * ring.page_size if ring else tokens
-    numbers = sum(
-        target.kv_numbers(layer) * (tokens if layer.window is None else min(held, tokens))
-        for layer in target.own_layers
-    )
-    if drafter is not None:
-        numbers += 2 * drafter.num_layers * drafter.num_kv_heads * drafter.head_dim * tokens
-    return width * numbers
 
 
 def weight_bytes(*networks: nnx.Module | None) -> int:

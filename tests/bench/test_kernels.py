@@ -12,16 +12,20 @@ import pytest
 from dflash_jax.bench import kernels
 from dflash_jax.engine.request import RequestError
 from pallas_kernels.cases import SMALL_MATMUL, AttentionCase, MatmulCase, ScoringCase
-from pallas_kernels.operations import OPERATIONS, Limits, measure
+from pallas_kernels.operations import OPERATIONS, Limits, Operation, measure
 from pallas_kernels.quantised_matmul import bench as matmul_sweep
 from pallas_kernels.quantised_matmul import triton
 
 SCORING = next(operation for operation in OPERATIONS if operation.name == "token_scoring")
 
 
+def _one_case(operation: Operation) -> Operation:
+    return dataclasses.replace(operation, small=operation.small[:1])
+
+
 @pytest.fixture
 def one_case_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = tuple(dataclasses.replace(operation, small=operation.small[:1]) for operation in OPERATIONS)
+    few = tuple(_one_case(operation) for operation in OPERATIONS)
     monkeypatch.setattr(kernels, "OPERATIONS", few)
 
 
@@ -59,6 +63,18 @@ def test_a_wrong_kernel_does_not_pass() -> None:
     case = SCORING.small[0]
     right, not_right = measure([(SCORING, case), (dataclasses.replace(SCORING, function=wrong), case)], None)
     assert right["ok"] and not not_right["ok"]
+
+
+def test_a_kernel_that_does_not_compile_is_a_row(monkeypatch, capsys) -> None:
+    def refused(*arguments, implementation: str | None, **keywords) -> jax.Array:
+        raise NotImplementedError("too much shared memory")
+
+    few = (dataclasses.replace(SCORING, function=refused, small=SCORING.small[:1]), _one_case(SCORING))
+    monkeypatch.setattr(kernels, "OPERATIONS", few)
+    first, second = kernels.run()["rows"]
+    assert not first["ok"] and first["error"] == "too much shared memory"
+    assert second["ok"]
+    assert "too much" in capsys.readouterr().out
 
 
 def test_a_floor_is_what_takes_longer_to_read_or_to_compute() -> None:

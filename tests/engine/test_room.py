@@ -6,10 +6,11 @@ import jax
 import pytest
 from flax import nnx
 
+from checkpoints.fit import kv_cost
 from dflash_jax.bench.shapes import TARGETS
 from dflash_jax.engine.engine import Engine, EngineWarning
 from dflash_jax.engine.profile import profile_for_device
-from dflash_jax.engine.room import NoRoom, Reserved, reserve, sequence_bytes, weight_bytes
+from dflash_jax.engine.room import NoRoom, Reserved, reserve, weight_bytes
 from dflash_jax.models.hf_config import from_hf
 from tests.tiny import DRAFTER, tiny_model
 
@@ -48,16 +49,15 @@ def test_what_was_asked_for_is_not_lowered() -> None:
 
 def test_bytes_of_a_sequence_are_those_of_its_pools() -> None:
     config = from_hf(TARGETS["gemma4-31b"])
-    alone = sequence_bytes(config, None, tokens=131_072, ring=None, width=2)
+    alone = kv_cost(config, None, 2).bytes_of(131_072)
     assert alone == 2 * 131_072 * sum(config.kv_numbers(layer) for layer in config.layers)
     ring = profile_for_device().ring(config, 131_072 // profile_for_device().page_size)
     assert ring is not None
-    with_ring = sequence_bytes(config, None, tokens=131_072, ring=ring, width=2)
+    with_ring = kv_cost(config, ring, 2).bytes_of(131_072)
     full = 2 * 131_072 * sum(config.kv_numbers(layer) for layer in config.layers if layer.window is None)
     assert full < with_ring < 1.5 * full
-    drafted = sequence_bytes(config, DRAFTER, tokens=100, ring=None, width=4)
-    more = 4 * 100 * 2 * DRAFTER.num_layers * DRAFTER.num_kv_heads * DRAFTER.head_dim
-    assert drafted == sequence_bytes(config, None, tokens=100, ring=None, width=4) + more
+    drafted = 4 * 100 * 2 * DRAFTER.num_layers * DRAFTER.num_kv_heads * DRAFTER.head_dim
+    assert kv_cost(DRAFTER, None, 4).bytes_of(100) == drafted
 
 
 def test_weights_are_counted_with_embedding_and_head() -> None:
