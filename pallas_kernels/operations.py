@@ -218,10 +218,14 @@ class Program:
     exact: bool = False
     """Whether products of f32 are exact."""
 
+    def trace(self, specs: tuple[Any, ...] | None = None) -> jax.stages.Traced:
+        """With its own shapes, or with the same that lie on another device."""
+        with jax.default_matmul_precision("highest") if self.exact else contextlib.nullcontext():
+            return jax.jit(self.function).trace(*(specs or self.specs))
+
     def compile(self) -> Callable[..., jax.Array]:
         """For the default device."""
-        with jax.default_matmul_precision("highest") if self.exact else contextlib.nullcontext():
-            return jax.jit(self.function).lower(*self.specs).compile()
+        return self.trace().lower().compile()
 
 
 def programs(operation: Operation, case: Case, implementation: str | None, *, copies: int) -> dict[str, Program]:

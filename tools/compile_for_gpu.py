@@ -15,25 +15,20 @@ import functools
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from pallas_kernels.operations import OPERATIONS, Case, Operation, programs
+from pallas_kernels.operations import OPERATIONS, Program, programs
 
 _PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 _COMPILERS = ("nvidia.cuda_nvcc", "nvidia.cu13")
 _THREADS = 2
 _REFUSE_SPILLS = "xla_gpu_fail_ptx_compilation_on_register_spilling"
-
-Program = tuple[str, Callable[..., Any], tuple[Any, ...]]
-"""What it is, a function, and the shapes of its arguments."""
 
 
 def main() -> None:
@@ -46,11 +41,12 @@ def main() -> None:
     if not (_installed(_PLUGINS) and _installed(_COMPILERS)):
         sys.exit(f'There is no compiler for NVIDIA cards here: pip install "jax[cuda12]=={jax.__version__}"')
     todo = [
-        (f"{operation.name}, {case.name}: {name}", function, specs)
+        (f"{operation.name}, {case.name}: {name}", program)
         for operation in OPERATIONS
         for case in (*operation.small, *operation.large)
         if arguments.operation in (None, operation.name) and arguments.case in (None, case.name)
-        for name, function, specs in _programs(operation, case, measured=arguments.measured)
+        for name, program in programs(operation, case, "triton", copies=4).items()
+        if arguments.measured or name == "kernel"
     ]
     if not todo:
         sys.exit(f"There is no case {arguments.case!r}.")
@@ -62,7 +58,7 @@ def main() -> None:
     with mock.patch.object(jax, "devices", lambda: [device]), ThreadPoolExecutor(_THREADS) as pool:
         done = pool.map(functools.partial(_compile, device=device, folder=arguments.hlo), todo)
         failed = 0
-        for (name, *_), (report, ok) in zip(todo, done, strict=True):
+        for (name, _), (report, ok) in zip(todo, done, strict=True):
             print(f"{name}: {report}", flush=True)
             failed += not ok
     print(f"{failed} of {len(todo)} programs do not compile")
@@ -75,25 +71,17 @@ def _installed(modules: tuple[str, ...]) -> bool:
     return any(find(name.split(".")[0]) and find(name) for name in modules)
 
 
-def _programs(operation: Operation, case: Case, *, measured: bool) -> Iterator[Program]:
-    """The Triton kernel; with `measured`, everything that a measurement compiles."""
-    for name, program in programs(operation, case, "triton", copies=4).items():
-        if measured or name == "kernel":
-            exact = jax.default_matmul_precision("highest")
-            yield name, exact(program.function) if program.exact else program.function, program.specs
-
-
-def _compile(program: Program, *, device: jax.Device, folder: Path | None) -> tuple[str, bool]:
+def _compile(named: tuple[str, Program], *, device: jax.Device, folder: Path | None) -> tuple[str, bool]:
     """What to say about a program, and whether it compiles."""
-    name, function, specs = program
+    name, program = named
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.core_count, platform="gpu")
     abstract = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=kind)
     sharding = NamedSharding(Mesh([device], ("device",)), PartitionSpec())
-    specs = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding), specs)
+    specs = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding), program.specs)
     started = time.perf_counter()
     try:
         with use_abstract_mesh(abstract):
-            lowered = jax.jit(function).trace(*specs).lower(lowering_platforms=("cuda",))
+            lowered = program.trace(specs).lower(lowering_platforms=("cuda",))
         try:
             compiled, remark = lowered.compile({_REFUSE_SPILLS: True}), ""
         except jax.errors.JaxRuntimeError as error:
