@@ -293,6 +293,7 @@ def _verify(path: Path) -> list[str]:
 @click.option("--path-rank", type=click.IntRange(min=0), help="Rank of the path selector; 0 for none.")
 @click.option("--window", type=click.IntRange(min=1), help="Context tokens that the drafter sees.")
 @click.option("--weighting", type=click.Choice(["d-pace", "decay"]))
+@click.option("--labels", type=click.Choice(["tokens", "target"]), help="What follows, or what the target thought.")
 @click.option("--optimiser", type=click.Choice(["muon", "adamw"]))
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Peak learning rate.")
 @click.option("--batch-tokens", type=click.IntRange(min=128))

@@ -2,8 +2,9 @@
 
     python tools/compare_recipes.py --samples run/samples.npz --seconds 60 --json recipes.json
 
-Every GPU takes one recipe at a time. Samples are cut to 512 tokens, so that each recipe is one program to compile; all
-recipes learn for the same time, from the same samples, and are scored on the same ones that were held out.
+Every GPU takes one recipe at a time, or several that share it (--at-once): then --steps says how long they learn, as
+their times say little. Samples are cut to 512 tokens, so that each recipe is one program to compile; all recipes learn
+from the same samples and are scored on the same ones that were held out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ RECIPES = {
     "the default": "",
     "AdamW": "--optimiser adamw",
     "decay instead of D-PACE": "--weighting decay",
+    "the target's distribution": "--labels target",
     "no path selector": "--path-rank 0",
     "2 layers": "--layers 2",
     "3 layers": "--layers 3",
@@ -43,7 +45,9 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, nargs="+", required=True)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[0], help="numbers of the GPUs to use")
+    parser.add_argument("--at-once", type=int, default=1, help="recipes that share a GPU")
     parser.add_argument("--model", default="default")
     parser.add_argument("--only", nargs="*", choices=list(RECIPES), default=list(RECIPES))
     arguments = parser.parse_args()
@@ -51,7 +55,7 @@ def main() -> None:
         cut = Path(folder) / "samples.npz"
         Samples.join([Samples.load(file) for file in arguments.samples]).cut(LENGTHS[0]).save(cut)
         idle: queue.Queue[int] = queue.Queue()
-        for gpu in range(arguments.gpus):
+        for gpu in arguments.gpus * arguments.at_once:
             idle.put(gpu)
 
         def train(name: str) -> dict[str, object]:
@@ -63,7 +67,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             return row
 
-        with concurrent.futures.ThreadPoolExecutor(arguments.gpus) as pool:
+        with concurrent.futures.ThreadPoolExecutor(idle.qsize()) as pool:
             rows = list(pool.map(train, arguments.only))
     command = " ".join(["python", "tools/compare_recipes.py", *sys.argv[1:]])
     report = {**environment(), "command": command, "model": arguments.model, "rows": rows}
@@ -73,9 +77,11 @@ def main() -> None:
 def one(arguments: argparse.Namespace, samples: Path, out: Path, name: str, gpu: int) -> dict[str, object]:
     """What `train-drafter` says of one recipe."""
     options = [*RECIPES[name].split(), "--samples", str(samples), "--minutes", str(arguments.seconds / 60)]
+    options += ["--steps", str(arguments.steps)] if arguments.steps else []
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(round(0.9 / arguments.at_once, 3))}
     done = subprocess.run(
         [sys.executable, "-m", "dflash_jax", "train-drafter", arguments.model, str(out), *options],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)},
+        env={**os.environ, **memory, "CUDA_VISIBLE_DEVICES": str(gpu)},
         capture_output=True,
         text=True,
     )

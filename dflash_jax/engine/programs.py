@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ Step = tuple[str, Callable[[], object]]
 _MOST = 2**31 - 1
 _DUMMY_STEPS = 4
 _LEAST_TEMPERATURE, _LEAST_TOP_P = 1e-4, 1e-6
+_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+"""What XLA may put into a CUDA graph. The last two are not among its own: with them no loop or branch asks the host."""
 
 
 def put(value: Any) -> Any:
@@ -109,7 +112,12 @@ class Programs:
         self._prefill = self._compile(prefill, page_size=page_size)
         self._decode = {
             kind: self._compile(
-                decode, draft=kind != PLAIN, rows=rows, capacity=profile.max_steps * rows, page_size=page_size
+                decode,
+                options=_graph_options(),
+                draft=kind != PLAIN,
+                rows=rows,
+                capacity=profile.max_steps * rows,
+                page_size=page_size,
             )
             for kind, rows in ((PLAIN, profile.plain_rows), *((rows, rows) for rows in self.block_rows))
         }
@@ -287,14 +295,16 @@ class Programs:
     def _leaves(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         return self._weights[0].leaves, self._weights[1].leaves
 
-    def _compile(self, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    def _compile(
+        self, function: Callable[..., Any], *, options: dict[str, str] | None = None, **static: Any
+    ) -> Callable[..., Any]:
         target, drafter = self._weights
 
         def program(leaves: Any, pools: Pools, *arguments: Any) -> Any:
             return function(Networks(target.build(leaves[0]), drafter.build(leaves[1])), pools, *arguments, **static)
 
         program.__name__ = function.__name__
-        return jax.jit(program, donate_argnums=(1,))
+        return jax.jit(program, donate_argnums=(1,), compiler_options=options)
 
     def _compile_scorer(
         self, function: Callable[..., Any], *, donated: tuple[int, ...], **static: Any
@@ -388,6 +398,13 @@ def sampling_parameters(
         "seed": np.asarray([[(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF]], np.uint32),
     }
     return SamplingParameters(**put(fields))
+
+
+def _graph_options() -> dict[str, str] | None:
+    """Compiler options of the loop of decoding steps; whoever sets XLA's flag for CUDA graphs has the last word."""
+    name = "xla_gpu_enable_command_buffer"
+    on_gpu = jax.default_backend() == "gpu"
+    return {name: _GRAPHS} if on_gpu and name not in os.environ.get("XLA_FLAGS", "") else None
 
 
 def _one(value: float, dtype: Any = np.int32) -> np.ndarray:

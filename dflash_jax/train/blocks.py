@@ -58,6 +58,14 @@ def draw_blocks(
     return Blocks(anchors.astype(jnp.int32), slots, jnp.pad(counts, ((0, 0), (0, 0), (1, 0))))
 
 
+def in_front_of_slots(values: Float[Array, "rows length dim"], blocks: Blocks) -> Float[Array, "rows blocks slots dim"]:
+    """What the sample has at the token before each slot after the anchor: from there the target predicts the slot."""
+    rows, count, size = blocks.tokens.shape
+    at = blocks.anchors[:, :, None] + jnp.arange(size - 1, dtype=jnp.int32)[None, None, :]
+    at = jnp.minimum(at, values.shape[1] - 1).reshape(rows, -1, 1)
+    return jnp.take_along_axis(values, at, axis=1).reshape(rows, count, size - 1, -1)
+
+
 def draft_blocks(
     drafter: Drafter,
     features: Float[Array, "rows length features"],

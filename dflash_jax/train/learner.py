@@ -25,7 +25,7 @@ from dflash_jax.models.decoder import Decoder
 from dflash_jax.models.drafter import Drafter, block_tokens
 from dflash_jax.models.parameters import drafter_parameters
 from dflash_jax.models.whole import read_whole
-from dflash_jax.train.blocks import Blocks, draft_blocks, draw_blocks
+from dflash_jax.train.blocks import Blocks, draft_blocks, draw_blocks, in_front_of_slots
 from dflash_jax.train.loss import Logits, Score, score_blocks
 from dflash_jax.train.recipe import Recipe
 from dflash_jax.train.samples import Batch
@@ -108,12 +108,12 @@ class Learner:
     ) -> tuple[State, Progress]:
         draw, choose = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index(DATA)))
         target = nnx.merge(self._graph, weights)
-        blocks, features = self._read(target, tokens, answers, draw)
+        blocks, features, opinions = self._read(target, tokens, answers, draw)
         share = self.recipe.path_share if self.config.path_rank else 0.0
         chosen = jax.random.bernoulli(choose, share, (blocks.anchors.size,))
 
         def loss(parameters: Parameters) -> tuple[Array, Score]:
-            score = self._draft(target, parameters, blocks, features, chosen)
+            score = self._draft(target, parameters, blocks, features, chosen, opinions)
             return score.loss, score
 
         (value, score), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters)
@@ -130,21 +130,32 @@ class Learner:
         self, weights: nnx.State, parameters: Parameters, tokens: Array, answers: Array, key: PRNGKeyArray
     ) -> tuple[Array, Array]:
         target = nnx.merge(self._graph, weights)
-        blocks, features = self._read(target, tokens, answers, jax.random.fold_in(key, jax.lax.axis_index(DATA)))
+        blocks, features, _ = self._read(target, tokens, answers, jax.random.fold_in(key, jax.lax.axis_index(DATA)))
         chosen = jnp.full(blocks.anchors.size, bool(self.config.path_rank))
         score = self._draft(target, parameters, blocks, features, chosen)
         return jax.lax.psum((jnp.sum(score.committed), jnp.sum(score.live)), DATA)
 
-    def _read(self, target: Decoder, tokens: Array, answers: Array, key: PRNGKeyArray) -> tuple[Blocks, Array]:
-        """Blocks of a batch, and the features of all its tokens."""
+    def _read(
+        self, target: Decoder, tokens: Array, answers: Array, key: PRNGKeyArray
+    ) -> tuple[Blocks, Array, Array | None]:
+        """Blocks of a batch, the features of all its tokens and, to learn from, what the target's head sees there."""
         passed = read_whole(target, tokens, dtype=self._dtype, capture=self.config.target_layers)
         if passed.features is None:
             raise ValueError("the drafter reads no layer of the target")
         count = max(1, tokens.shape[1] // self.recipe.tokens_per_anchor)
         blocks = draw_blocks(tokens, answers, key, blocks=count, block_size=self.config.block_size)
-        return blocks, jax.lax.stop_gradient(passed.features)
+        opinions = target.final_norm(passed.hidden) if self.recipe.labels == "target" else None
+        return blocks, *jax.lax.stop_gradient((passed.features, opinions))
 
-    def _draft(self, target: Decoder, parameters: Parameters, blocks: Blocks, features: Array, chosen: Array) -> Score:
+    def _draft(
+        self,
+        target: Decoder,
+        parameters: Parameters,
+        blocks: Blocks,
+        features: Array,
+        chosen: Array,
+        opinions: Array | None = None,
+    ) -> Score:
         drafter = Drafter(self.config, _in(self._dtype, self.config, parameters), dtype=self._dtype)
         rows, count, size = blocks.tokens.shape
         seen = block_tokens(blocks.tokens[:, :, 0].reshape(-1), self.config, size)
@@ -156,11 +167,14 @@ class Learner:
         if drafter.path is not None:
             corrected = drafter.path(hidden, target.embed(tokens[:, :-1]))
             hidden = jnp.where(chosen[:, None, None], corrected, hidden)
+        if opinions is not None:
+            opinions = in_front_of_slots(opinions, blocks).reshape(rows * count, size - 1, -1)
         return score_blocks(
             _head(target),
             hidden,
             tokens[:, 1:],
             blocks.counts.reshape(rows * count, size)[:, 1:],
+            opinions,
             weighting=self.recipe.weighting,
             decay=self.recipe.decay,
             chunk=_divisor(rows * count, max(1, _CHUNK_SLOTS // size)),

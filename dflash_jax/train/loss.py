@@ -1,7 +1,8 @@
 """What a drafter is punished for: every slot's cross entropy, weighted by how likely decoding gets that far.
 
-Logits of all blocks would not fit, so that blocks go through the head in chunks and logits are computed again in the
-backward pass.
+A slot is told either which token really follows, or what the target thought of all tokens there, which says more: it
+teaches what else the target might have drawn. Logits of all blocks would not fit, so that blocks go through the head in
+chunks and logits are computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Weighting = Literal["d-pace", "decay"]
+Labels = Literal["tokens", "target"]
 _CONFIDENCE_FLOOR = 0.5
 """D-PACE's alpha: how much of a slot's confidence is taken for granted."""
 
@@ -38,27 +40,36 @@ def score_blocks(
     hidden: Float[Array, "blocks slots dim"],
     labels: Int[Array, "blocks slots"],
     counts: Bool[Array, "blocks slots"],
+    opinions: Float[Array, "blocks slots dim"] | None = None,
     *,
     weighting: Weighting,
     decay: float,
     chunk: int,
 ) -> Score:
-    """Scores every slot after the anchor against the token that really follows. `chunk` divides the blocks."""
+    """Scores every slot after the anchor against the token that really follows. `chunk` divides the blocks.
+
+    `opinions` are the target's hidden states from which the same `logits` make its distribution of each slot's token:
+    with them slots learn that distribution.
+    """
 
     @jax.checkpoint
-    def one(part: tuple[Array, Array, Array]) -> Score:
-        states, truth, valid = part
+    def one(part: tuple[Array, Array, Array, Array | None]) -> Score:
+        states, truth, valid, opinion = part
         scores = logits(states)
+        total = jax.nn.logsumexp(scores, axis=-1)
         picked = jnp.take_along_axis(scores, truth[..., None], axis=-1)[..., 0]
-        errors = jnp.where(valid, jax.nn.logsumexp(scores, axis=-1) - picked, 0.0)
+        errors = jnp.where(valid, total - picked, 0.0)
         weights = jnp.where(valid, slot_weights(errors, weighting, decay), 0.0)
+        if opinion is not None:
+            likely = jax.lax.stop_gradient(jax.nn.softmax(logits(opinion), axis=-1))
+            errors = jnp.where(valid, total - jnp.sum(likely * scores, axis=-1), 0.0)
         live = valid[:, 0]
         norm = jnp.sum(weights) if weighting == "decay" else jnp.sum(live.astype(jnp.float32))
         right = (jnp.argmax(scores, axis=-1) == truth) & valid
         committed = jnp.sum(jnp.cumprod(right.astype(jnp.int32), axis=1), axis=1) + 1
         return Score(jnp.sum(weights * errors), norm, live, jnp.where(live, committed, 0))
 
-    parts = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (hidden, labels, counts))
+    parts = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (hidden, labels, counts, opinions))
     scores = jax.lax.map(one, parts)
     return Score(jnp.sum(scores.loss), jnp.sum(scores.norm), scores.live.reshape(-1), scores.committed.reshape(-1))
 

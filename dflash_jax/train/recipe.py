@@ -6,7 +6,7 @@ import dataclasses
 
 from dflash_jax.models.config import DrafterConfig, ModelConfig
 from dflash_jax.models.hf_config import default_target_layers
-from dflash_jax.train.loss import Weighting
+from dflash_jax.train.loss import Labels, Weighting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Recipe:
     window                 context tokens that the draft layers see
     path_rank, path_share  rank of the path selector, 0 for none, and the share of blocks that are corrected by it
     weighting, decay       of slots in the loss (train/loss.py)
+    labels                 what a slot learns: the token that follows, or the target's distribution of it
     optimiser, rate        Muon for matrices and AdamW for the rest, or AdamW for all; the peak learning rate
     batch_tokens           tokens of a step on each device
     tokens_per_anchor      one random anchor for so many tokens of a sample
@@ -31,6 +32,7 @@ class Recipe:
     path_share: float = 0.75
     weighting: Weighting = "d-pace"
     decay: float = 7.0
+    labels: Labels = "tokens"
     optimiser: str = "muon"
     rate: float = 1e-3
     batch_tokens: int = 16_384

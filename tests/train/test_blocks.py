@@ -10,7 +10,7 @@ from flax import nnx
 
 from dflash_jax.models.decoder import Place
 from dflash_jax.models.drafter import block_tokens, empty_drafter_pools
-from dflash_jax.train.blocks import draft_blocks, draw_blocks
+from dflash_jax.train.blocks import draft_blocks, draw_blocks, in_front_of_slots
 from tests.tiny import DRAFTER, F32, PAGE_SIZE, tiny_drafter, tiny_target
 
 LENGTH = 40
@@ -66,6 +66,15 @@ def test_anchors_stand_in_front_of_answer_tokens_and_slots_count_up_to_its_end()
             100 + anchor + k for k in (1, 2, 3) if anchor + k < end
         ]
         assert slots[0] == 100 + anchor
+
+
+def test_in_front_of_a_slot_stands_the_token_before():
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 1000, jnp.int32)
+    blocks = draw_blocks(tokens, jnp.ones((2, 24), jnp.bool_), jax.random.key(0), blocks=9, block_size=5)
+    before = np.asarray(in_front_of_slots(tokens[..., None].astype(jnp.float32), blocks))[..., 0]
+    assert before.shape == (2, 9, 4)
+    inside = np.asarray(blocks.counts[:, :, 1:])
+    np.testing.assert_array_equal(before[inside], np.asarray(blocks.tokens)[:, :, :-1][inside])
 
 
 def test_a_row_without_answers_has_no_live_block():

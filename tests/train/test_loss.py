@@ -46,3 +46,21 @@ def test_loss_and_committed_tokens_do_not_depend_on_chunks(chunk):
     weights = np.exp(-np.arange(3) / 2.0)[None] * counts
     np.testing.assert_allclose(score.loss, (errors * weights).sum(), rtol=1e-5)
     np.testing.assert_allclose(score.norm, weights.sum(), rtol=1e-6)
+
+
+def test_with_opinions_slots_learn_the_distribution_of_the_target():
+    generator = np.random.default_rng(1)
+    scores, wanted = (generator.standard_normal((2, 3, 7)).astype(np.float32) for _ in range(2))
+    labels, counts = np.argmax(wanted, axis=-1), np.asarray([[True, True, True], [True, False, False]])
+    arguments = (lambda hidden: hidden, jnp.asarray(scores), jnp.asarray(labels, jnp.int32), jnp.asarray(counts))
+    options = {"weighting": "decay", "decay": 2.0, "chunk": 1}
+    score = score_blocks(*arguments, jnp.asarray(wanted), **options)
+    likely = np.exp(wanted) / np.exp(wanted).sum(-1, keepdims=True)
+    errors = -(likely * (scores - np.log(np.exp(scores).sum(-1, keepdims=True)))).sum(-1)
+    np.testing.assert_allclose(score.loss, (errors * counts * np.exp(-np.arange(3) / 2.0)).sum(), rtol=1e-5)
+    # A target that is sure teaches what the token itself teaches.
+    np.testing.assert_allclose(
+        score_blocks(*arguments, jnp.asarray(1000 * wanted), **options).loss,
+        score_blocks(*arguments, **options).loss,
+        rtol=1e-4,
+    )

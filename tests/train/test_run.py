@@ -165,7 +165,8 @@ def test_samples_of_something_else_are_refused(model_folder, tmp_path):
         assert reason in refusal(model_folder, tmp_path / "out", "--features", 2, "--samples", file)
 
 
-def test_what_it_learnt_is_accepted():
+@pytest.mark.parametrize("labels", ["tokens", "target"])
+def test_what_it_learnt_is_accepted(labels):
     """On its own data a drafter gets beyond two tokens a block, and decoding agrees with what training says."""
     model = tiny_model()
     openings = [Opening(({"role": "user", "content": f"question {n}"},), whole=True) for n in range(12)]
@@ -174,7 +175,8 @@ def test_what_it_learnt_is_accepted():
     style = Style(answers=((0.0, 1.0),), answer_tokens=64)
     writer = Writer(model.target, between, slots=8, room=256, style=style)
     samples = writer.write(itertools.cycle(given), tokens=1500).samples.cut(512)
-    learner = Learner(model.target, RECIPE.config_for(model.target.config, mask_id=290), RECIPE)
+    recipe = dataclasses.replace(RECIPE, labels=labels)
+    learner = Learner(model.target, recipe.config_for(model.target.config, mask_id=290), recipe)
     state, length, step = learner.start(), 0.0, 0
     batches = list(samples.batches(np.random.default_rng(0), RECIPE.batch_tokens))
     while length < 2.5 and step < 600:
