@@ -484,6 +484,7 @@ SMALL_ATTENTION = (
     AttentionCase("compact", (70, 3), 16, 4, 2, 64, 16, 6, key_dim=16),
     AttentionCase("compact, one row", (37,), 1, 4, 2, 64, 16, 4, key_dim=16),
     AttentionCase("compact head of 512", (70,), 16, 4, 1, 512, 16, 6, key_dim=128),
+    AttentionCase("compact head of 512, tiles", (300, 5), 16, 8, 1, 512, 64, 6, dtype="bfloat16", key_dim=128),
 )
 LARGE_ATTENTION = (
     AttentionCase("SmolLM2 step, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16"),
@@ -508,6 +509,9 @@ LARGE_ATTENTION = (
     AttentionCase("Gemma 4 31B global step, 32K", (32_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
     AttentionCase(
         "Gemma 4 31B global step, compact, 32K", (32_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16", key_dim=128
+    ),
+    AttentionCase(
+        "Gemma 4 31B global step, compact, 128K", (131_000,), 16, 32, 4, 512, 128, 1024, dtype="bfloat16", key_dim=128
     ),
     AttentionCase("Qwen3-0.6B chunk, 128K", (129_024,), 1024, 16, 8, 128, 128, 1024, dtype="bfloat16"),
     AttentionCase("Gemma 4 31B local chunk, 8K", (7168,), 1024, 32, 16, 256, 128, 64, dtype="bfloat16", window=1024),

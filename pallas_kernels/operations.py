@@ -36,6 +36,7 @@ from pallas_kernels.cases import (
     SMALL_SPARSE,
     Seed,
 )
+from pallas_kernels.paged import on_hopper
 from pallas_kernels.quantised_matmul.api import matmul
 from pallas_kernels.residual_norm.api import residual_norm
 from pallas_kernels.sparse_attention.api import attend_blocks, select_blocks
@@ -171,17 +172,32 @@ def differing_blocks(actual: np.ndarray, expected: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation's public name and its cases. `error` compares a result with the reference's."""
+    """An operation's public name and its cases. `error` compares a result with the reference's.
+
+    `hopper` is whether it has another kernel for Hopper cards, for some cases.
+    """
 
     name: str
     function: Callable[..., jax.Array]
     small: Sequence[Case]
     large: Sequence[Case]
     error: Callable[[np.ndarray, np.ndarray], float] = largest_difference
+    hopper: bool = False
+
+    def kernels(self, case: Case) -> tuple[str, ...]:
+        """The implementations for an NVIDIA GPU that take a case."""
+        positional, keywords = shapes(case)
+        try:
+            if self.hopper:
+                jax.eval_shape(functools.partial(self.function, **keywords, implementation="mosaic"), *positional)
+                return "triton", "mosaic"
+        except NotImplementedError:
+            pass
+        return ("triton",)
 
 
 OPERATIONS: tuple[Operation, ...] = (
-    Operation("block_attention", block_attention, SMALL_ATTENTION, LARGE_ATTENTION),
+    Operation("block_attention", block_attention, SMALL_ATTENTION, LARGE_ATTENTION, hopper=True),
     Operation("token_scoring", token_scores, SMALL_SCORING, LARGE_SCORING),
     Operation("sparse_selection", listed_blocks, SMALL_SELECTION, LARGE_SELECTION, differing_blocks),
     Operation("sparse_attention", attend_blocks, SMALL_SPARSE, LARGE_SPARSE),
@@ -228,7 +244,7 @@ class Program:
         return self.trace().lower().compile()
 
 
-def programs(operation: Operation, case: Case, implementation: str | None, *, copies: int) -> dict[str, Program]:
+def programs(operation: Operation, case: Case, implementation: str | None = None, *, copies: int) -> dict[str, Program]:
     """What a measurement of a case compiles, of which "kernel" is the operation itself."""
     positional, keywords = shapes(case)
     kernel = functools.partial(operation.function, **keywords, implementation=implementation)
@@ -245,7 +261,7 @@ def programs(operation: Operation, case: Case, implementation: str | None, *, co
 
 
 def measure(todo: Sequence[tuple[Operation, Case]], limits: Limits | None) -> Iterator[dict[str, Any]]:
-    """Error and time of cases on the default device: Triton on a GPU, elsewhere what the operation picks itself.
+    """Error and time of cases on the default device: of each kernel on a GPU, elsewhere of what the operation picks.
 
     The error is against the reference in f32 and with exact products. `us_reference` is the reference as XLA compiles
     it. Without limits `floor_us` and `of_floor` (floor over time: 1 is perfect) are None. Compiling takes most of the
@@ -254,22 +270,28 @@ def measure(todo: Sequence[tuple[Operation, Case]], limits: Limits | None) -> It
     on_gpu = jax.default_backend() == "gpu"
     copies, workers = (4 if on_gpu else 1), os.cpu_count() or 1
 
-    def compiled(each: tuple[Operation, Case]) -> dict[str, Callable[..., jax.Array]] | Exception:
-        found = programs(*each, "triton" if on_gpu else None, copies=copies)
+    def compiled(each: tuple[Operation, Case, str | None]) -> dict[str, Callable[..., jax.Array]] | Exception:
+        found = programs(*each, copies=copies)
         try:
             return {name: program.compile() for name, program in found.items()}
         except Exception as error:  # what a compiler refuses is a result; the other cases are still to be measured
             return error
 
+    every: list[tuple[Operation, Case, str | None]] = [
+        (operation, case, name)
+        for operation, case in todo
+        for name in (operation.kernels(case) if on_gpu else (None,))
+        if name != "mosaic" or on_hopper()
+    ]
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(todo), 2 * workers):
-            batch = todo[start : start + 2 * workers]
-            for (operation, case), runs in zip(batch, list(pool.map(compiled, batch)), strict=True):
+        for start in range(0, len(every), 2 * workers):
+            batch = every[start : start + 2 * workers]
+            for (operation, case, name), runs in zip(batch, list(pool.map(compiled, batch)), strict=True):
+                row = {"operation": operation.name, "case": case.name, **({"kernel": name} if name else {})}
                 if isinstance(runs, Exception):
-                    remark = str(runs).splitlines()[0][:200]
-                    yield {"operation": operation.name, "case": case.name, "error": remark, "ok": False}
+                    yield {**row, "error": str(runs).splitlines()[0][:200], "ok": False}
                 else:
-                    yield _measured(operation, case, limits, runs, copies)
+                    yield {**row, **_measured(operation, case, limits, runs, copies)}
 
 
 def _measured(
@@ -289,8 +311,6 @@ def _measured(
     reference = seconds_of(runs["timed reference"], first, sets) / _REFERENCE_REPEATS / len(sets)
     floor = limits.seconds(case) if limits else None
     return {
-        "operation": operation.name,
-        "case": case.name,
         "relative_error": float(f"{error:.3g}"),
         "tolerance": tolerance,
         "us": round(1e6 * seconds, 1),

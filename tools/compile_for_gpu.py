@@ -41,11 +41,12 @@ def main() -> None:
     if not (_installed(_PLUGINS) and _installed(_COMPILERS)):
         sys.exit(f'There is no compiler for NVIDIA cards here: pip install "jax[cuda12]=={jax.__version__}"')
     todo = [
-        (f"{operation.name}, {case.name}: {name}", program)
+        (f"{operation.name}, {case.name}: {name}, {kernel}", program)
         for operation in OPERATIONS
         for case in (*operation.small, *operation.large)
         if arguments.operation in (None, operation.name) and arguments.case in (None, case.name)
-        for name, program in programs(operation, case, "triton", copies=4).items()
+        for kernel in operation.kernels(case)
+        for name, program in programs(operation, case, kernel, copies=4).items()
         if arguments.measured or name == "kernel"
     ]
     if not todo:

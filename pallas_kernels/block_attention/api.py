@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_attention import reference, triton
-from pallas_kernels.paged import default_implementation
+from pallas_kernels.block_attention import mosaic, reference, triton
+from pallas_kernels.paged import default_implementation, on_hopper
 
-IMPLEMENTATIONS = ("reference", "triton")
+IMPLEMENTATIONS = {"reference": reference, "triton": triton, "mosaic": mosaic}
 
 
 def block_attention(
@@ -45,12 +45,14 @@ def block_attention(
         raise ValueError("a ring of pages holds no more than a window: give the window")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise NotImplementedError(
-            f"block_attention has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
+            f"block_attention has no implementation {implementation!r}: use one of {tuple(IMPLEMENTATIONS)}"
         )
     if implementation is None:
         implementation = default_implementation(page_size, key_pool.shape[2], value_pool.shape[2])
-    chosen = triton if implementation == "triton" else reference
-    return chosen.block_attention(
+        options = {"page_size": page_size, "window": window, "causal": causal, "compact": compact}
+        if on_hopper() and mosaic.why_not(queries, key_pool, value_pool, **options) is None:
+            implementation = "mosaic"
+    return IMPLEMENTATIONS[implementation].block_attention(
         queries,
         key_pool,
         value_pool,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels.block_attention import api as block_attention
+from pallas_kernels.block_attention import mosaic as attention_mosaic
 from pallas_kernels.block_attention import triton as attention_triton
 from pallas_kernels.cases import (
     LARGE_ATTENTION,
@@ -85,6 +87,14 @@ def test_attention_is_a_dense_softmax(case: AttentionCase, implementation: str) 
     np.testing.assert_allclose(out, dense_attention(case), atol=tolerance(case.dtype), rtol=tolerance(case.dtype))
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter knows no transposed slice")
+def test_mosaic_is_a_dense_softmax() -> None:
+    case = next(case for case in SMALL_ATTENTION if case.name == "compact head of 512, tiles")
+    positional, keywords = case.arguments()
+    out = np.asarray(attention_mosaic.block_attention(*positional, **keywords, interpret=True), np.float32)
+    np.testing.assert_allclose(out, dense_attention(case), atol=tolerance(case.dtype), rtol=tolerance(case.dtype))
+
+
 @pytest.mark.parametrize("implementation", SCORING)
 @pytest.mark.parametrize("case", SMALL_SCORING, ids=lambda case: case.name)
 def test_scores_are_dense_attention_mass(case: ScoringCase, implementation: str) -> None:
@@ -149,6 +159,22 @@ def test_attention_lowers_for_cuda(case: AttentionCase) -> None:
     assert "triton" in lower(functools.partial(attention_triton.block_attention, **keywords), positional)
 
 
+def test_mosaic_lowers_for_cuda() -> None:
+    cases = [case for case in [*SMALL_ATTENTION, *LARGE_ATTENTION] if "mosaic" in OPERATIONS[0].kernels(case)]
+    assert len(cases) >= 4
+    for case in cases:
+        positional, keywords = shapes(case)
+        assert "mosaic" in lower(functools.partial(attention_mosaic.block_attention, **keywords), positional)
+
+
+@pytest.mark.parametrize("change", [{"window": 8}, {"causal": False}, {"dtype": "float32"}, {"heads": 4}, {"rows": 12}])
+def test_what_mosaic_does_not_take_is_named(change: dict[str, Any]) -> None:
+    case = AttentionCase("tiles", (70,), 16, 8, 1, 512, 64, 6, dtype="bfloat16", key_dim=128)
+    positional, keywords = shapes(dataclasses.replace(case, **change))
+    with pytest.raises(NotImplementedError, match="on Mosaic takes"):
+        jax.eval_shape(functools.partial(attention_mosaic.block_attention, **keywords), *positional)
+
+
 @pytest.mark.parametrize("case", [*SMALL_SCORING, *LARGE_SCORING], ids=lambda case: case.name)
 def test_scoring_lowers_for_cuda(case: ScoringCase) -> None:
     positional, keywords = shapes(case)
@@ -175,6 +201,6 @@ def test_what_triton_cannot_take_is_named() -> None:
     positional, keywords = case.arguments()
     with pytest.raises(NotImplementedError, match="head_dim 24"):
         block_attention.block_attention(*positional, **keywords, implementation="triton")
-    with pytest.raises(NotImplementedError, match="'mosaic'"):
-        block_attention.block_attention(*positional, **keywords, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="'cudnn'"):
+        block_attention.block_attention(*positional, **keywords, implementation="cudnn")
     assert jnp.isfinite(block_attention.block_attention(*positional, **keywords)).all()

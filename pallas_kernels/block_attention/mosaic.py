@@ -1,0 +1,294 @@
+"""Block attention for heads of 512 as a Pallas Mosaic GPU kernel, for Hopper cards.
+
+The sums of 64 lines over 512 values do not fit the registers of Triton's programs, which take 32 lines at a time and
+multiply with the small instruction. Here a program takes 64 lines with the large one, and two warpgroups share them:
+both compute all scores (64 x 64 at a time, from shared memory), each mixes its half of the values into sums that stay
+in its registers. A third warpgroup copies keys and values to shared memory ahead of them.
+
+    grid (slots * splits, kv_heads, tiles of 64 lines)
+      warpgroup 0, 1   scores of a block of 64 keys -> running maximum and sum -> values 0..255, values 256..511
+      warpgroup 2      copies: keys [64, K] (two slots), halves of the values [64, 256] (three slots)
+
+Splits, masks and results are those of triton.py; combine.py puts the splits together.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_attention.combine import combine
+from pallas_kernels.online_softmax import LOWEST
+
+TILE = 64
+"""Lines of a program: what the large matrix instruction of a warpgroup takes."""
+KEY_BLOCK = 64
+_HEAD_DIM, _HALF = 512, 256
+_PROGRAMS = 132
+"""One for each multiprocessor of an H100: shared memory holds no second one."""
+_MOST_SPLITS = 64
+_KEY_SLOTS, _VALUE_SLOTS = 2, 3
+
+
+def why_not(
+    queries: Any, key_pool: Any, value_pool: Any, *, page_size: int, window: int | None, causal: bool, compact: bool
+) -> str | None:
+    """What the kernel cannot take about these arguments, as the end of a sentence; None when it can."""
+    rows, heads = queries.shape[1:3]
+    kv_heads, head_dim = value_pool.shape[1:]
+    group = heads // kv_heads
+    if head_dim != _HEAD_DIM or not compact or key_pool.shape[2] not in (64, 128):
+        return f"takes compact keys of 64 or 128 and heads of 512, got {key_pool.shape[2]} and {head_dim}"
+    if key_pool.dtype != jnp.bfloat16:
+        return f"takes bf16, got {key_pool.dtype}"
+    if window is not None or not causal:
+        return "takes causal attention without a window"
+    if page_size % KEY_BLOCK:
+        return f"takes pages of a multiple of {KEY_BLOCK} tokens, got {page_size}"
+    if group not in (8, 16, 32, 64) or rows * group % TILE:
+        return f"takes a multiple of {TILE} lines by groups of 8 to {TILE}, got {rows} rows of groups of {group}"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("page_size", "scale", "window", "causal", "ring", "compact", "interpret"))
+def block_attention(
+    queries: Float[Array, "B T H Q"],
+    key_pool: Float[Array, "tokens kv_heads K"],
+    value_pool: Float[Array, "tokens kv_heads D"],
+    page_table: Int[Array, "B P"],
+    starts: Int[Array, " B"],
+    *,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    causal: bool = True,
+    ring: bool = False,
+    compact: bool = False,
+    interpret: bool = False,
+) -> Float[Array, "B T H D"]:
+    """See `api.block_attention`. Raises NotImplementedError for what `why_not` names."""
+    options = {"page_size": page_size, "window": window, "causal": causal, "compact": compact}
+    if ring or (reason := why_not(queries, key_pool, value_pool, **options)):
+        raise NotImplementedError(f"block_attention on Mosaic {'takes no ring of pages' if ring else reason}")
+    batch, rows, heads, _ = queries.shape
+    kv_heads, key_dim = key_pool.shape[1:]
+    group = heads // kv_heads
+    tiles = rows * group // TILE
+    blocks = page_table.shape[1] * page_size // KEY_BLOCK
+    splits = _splits(batch * kv_heads * tiles, blocks)
+    shape = (splits, batch, kv_heads, tiles * TILE)
+    tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+
+    def shared(*sizes: int) -> Any:
+        return plgpu.SMEM(sizes, jnp.bfloat16, transforms=(tiling, swizzle))
+
+    kernel = functools.partial(
+        _kernel,
+        group=group,
+        splits=splits,
+        blocks=blocks,
+        page_size=page_size,
+        scale=scale,
+        interpret=interpret,
+    )
+    how = {"interpret": _interpreter()} if interpret else {"compiler_params": plgpu.CompilerParams(approx_math=True)}
+    mixed, highest, total = plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((*shape, _HEAD_DIM), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ],
+        grid=(batch * splits, kv_heads, tiles),
+        grid_names=("place", "head", "tile"),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=[
+            shared(TILE, key_dim + _HEAD_DIM),
+            shared(_KEY_SLOTS, KEY_BLOCK, key_dim),
+            shared(_VALUE_SLOTS, KEY_BLOCK, _HALF),
+            plgpu.Barrier(num_arrivals=TILE // group),
+            plgpu.Barrier(num_barriers=_KEY_SLOTS),
+            plgpu.Barrier(num_barriers=_VALUE_SLOTS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=_KEY_SLOTS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=_VALUE_SLOTS),
+        ],
+        **how,
+    )(queries, key_pool, value_pool, page_table, starts)
+    return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
+
+
+def _splits(programs: int, blocks: int) -> int:
+    """A power of two; it follows from shapes alone, so that the same row is always split alike."""
+    wanted = min(_MOST_SPLITS, max(1, _PROGRAMS // programs), max(1, blocks // 2))
+    return 1 << (wanted.bit_length() - 1)
+
+
+def _interpreter() -> Any:
+    try:
+        return plgpu.InterpretGPUParams()
+    except AttributeError:  # jax 0.10
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+        return InterpretGPUParams()
+
+
+def _kernel(
+    query_ref,
+    key_ref,
+    value_ref,
+    table_ref,
+    starts_ref,
+    mixed_ref,
+    highest_ref,
+    total_ref,
+    queries,
+    keys,
+    values,
+    queries_here,
+    keys_here,
+    values_here,
+    keys_done,
+    values_done,
+    *,
+    group: int,
+    splits: int,
+    blocks: int,
+    page_size: int,
+    scale: float,
+    interpret: bool,
+) -> None:
+    place, head, tile = (jax.lax.axis_index(name) for name in ("place", "head", "tile"))
+    warpgroup = jax.lax.axis_index("warpgroup")
+    slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
+    rows = TILE // group
+    first_row = tile * rows
+    start = starts_ref[slot]
+    end = jnp.minimum(jax.lax.div(start + first_row + (rows - 1), KEY_BLOCK) + 1, blocks)
+    visits = jax.lax.div(jnp.maximum(end - split, 0) + (splits - 1), splits)
+    key_dim = key_ref.shape[2]
+
+    @pl.when(warpgroup < 2)
+    def _compute() -> None:
+        if not interpret:
+            plgpu.set_max_registers(232, action="increase")
+        layout = plgpu.Layout.WGMMA
+
+        def laid(value: Array, of_line: bool = False) -> Array:
+            return value if interpret else plgpu.layout_cast(value, layout.reduce(1) if of_line else layout)
+
+        def iota(axis: int) -> Array:
+            sizes = (TILE, KEY_BLOCK)
+            if interpret:
+                return jax.lax.broadcasted_iota(jnp.int32, sizes, axis)
+            return plgpu.broadcasted_iota(jnp.int32, sizes, axis, layout=layout)
+
+        plgpu.barrier_wait(queries_here)
+        shift = group.bit_length() - 1
+
+        def visit(turn: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            highest, total, mixed = sums
+            block = split + turn * splits
+            key_slot = jax.lax.rem(turn, _KEY_SLOTS)
+            halves = [jax.lax.rem(2 * turn + half, _VALUE_SLOTS) for half in range(2)]
+
+            def score(scores_ref):
+                plgpu.barrier_wait(keys_here.at[key_slot])
+                plgpu.wgmma(scores_ref, queries.at[:, pl.ds(0, key_dim)], keys.at[key_slot].T)
+                for half in range(2):
+                    plgpu.barrier_wait(values_here.at[halves[half]])
+                    columns = pl.ds(key_dim + half * _HALF, _HALF)
+                    plgpu.wgmma(scores_ref, queries.at[:, columns], values.at[halves[half]].T)
+                return scores_ref[...]
+
+            scores = pl.run_scoped(score, plgpu.ACC((TILE, KEY_BLOCK), jnp.float32)) * scale
+            plgpu.barrier_arrive(keys_done.at[key_slot])
+
+            @pl.when(warpgroup == 0)
+            def _() -> None:
+                plgpu.barrier_arrive(values_done.at[halves[1]])
+
+            @pl.when(warpgroup == 1)
+            def _() -> None:
+                plgpu.barrier_arrive(values_done.at[halves[0]])
+
+            token = start + first_row + jax.lax.shift_right_logical(iota(0), jnp.int32(shift))
+            seen = block * KEY_BLOCK + iota(1) <= token
+            scores = jnp.where(seen, scores, LOWEST)
+            new_highest = jnp.maximum(highest, scores.max(axis=1))
+            weights = jnp.exp(scores - jax.lax.broadcast_in_dim(new_highest, scores.shape, [0]))
+            weights = jnp.where(seen, weights, 0.0)
+            keep = jnp.exp(highest - new_highest)
+            total = total * keep + weights.sum(axis=1)
+            mixed = mixed * jax.lax.broadcast_in_dim(keep, mixed.shape, [0])
+            narrow = weights.astype(jnp.bfloat16)
+            mine = jax.lax.rem(2 * turn + warpgroup, _VALUE_SLOTS)
+            if interpret:
+                mixed = mixed + jnp.dot(narrow.astype(jnp.float32), values[mine].astype(jnp.float32))
+            else:
+
+                def mix(mixed_ref):
+                    plgpu.wgmma(mixed_ref, narrow, values.at[mine])
+
+                mixed = pl.run_state(mix)(plgpu.ACC.init(mixed))
+            plgpu.barrier_arrive(values_done.at[mine])
+            return new_highest, total, mixed
+
+        nothing = (
+            laid(jnp.full((TILE,), LOWEST, jnp.float32), True),
+            laid(jnp.zeros((TILE,), jnp.float32), True),
+            laid(jnp.zeros((TILE, _HALF), jnp.float32)),
+        )
+        highest, total, mixed = jax.lax.fori_loop(0, visits, visit, nothing)
+        lines = pl.ds(tile * TILE, TILE)
+        mixed_ref[split, slot, head, lines, pl.ds(warpgroup * _HALF, _HALF)] = mixed
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            highest_ref[split, slot, head, lines] = highest
+            total_ref[split, slot, head, lines] = total
+
+    @pl.when(warpgroup == 2)
+    def _copy() -> None:
+        if not interpret:
+            plgpu.set_max_registers(40, action="decrease")
+        for row in range(rows):
+            of_row = query_ref.at[slot, first_row + row, pl.ds(head * group, group)]
+            plgpu.copy_gmem_to_smem(of_row, queries.at[pl.ds(row * group, group)], queries_here)
+
+        def copy(turn: Array, _: None) -> None:
+            token = (split + turn * splits) * KEY_BLOCK
+            page = table_ref[slot, jax.lax.div(token, page_size)]
+            at = pl.ds(page * page_size + jax.lax.rem(token, page_size), KEY_BLOCK)
+            key_slot = jax.lax.rem(turn, _KEY_SLOTS)
+
+            @pl.when(turn >= _KEY_SLOTS)
+            def _() -> None:
+                plgpu.barrier_wait(keys_done.at[key_slot])
+
+            plgpu.copy_gmem_to_smem(key_ref.at[at, head], keys.at[key_slot], keys_here.at[key_slot])
+            for half in range(2):
+                number = 2 * turn + half
+                value_slot = jax.lax.rem(number, _VALUE_SLOTS)
+
+                @pl.when(number >= _VALUE_SLOTS)
+                def _(value_slot: Array = value_slot) -> None:
+                    plgpu.barrier_wait(values_done.at[value_slot])
+
+                source = value_ref.at[at, head, pl.ds(half * _HALF, _HALF)]
+                plgpu.copy_gmem_to_smem(source, values.at[value_slot], values_here.at[value_slot])
+
+        jax.lax.fori_loop(0, visits, copy, None)
+        for count, done, copied in ((_KEY_SLOTS, keys_done, visits), (_VALUE_SLOTS, values_done, 2 * visits)):
+            for more in range(count):  # nobody leaves before all that was copied has been read
+                number = copied + more
+
+                @pl.when(number >= count)
+                def _(done: Any = done, number: Array = number, count: int = count) -> None:
+                    plgpu.barrier_wait(done.at[jax.lax.rem(number, count)])
