@@ -93,7 +93,7 @@ def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> d
         progress("random weights", 0, 0)
         target = Decoder(config, _parameters(target_parameters(config), "w4"), dtype=profile.dtype)
         drafter_config = _drafter_config(shape, config)
-        drafter = Drafter(drafter_config, _parameters(drafter_parameters(drafter_config), "bf16"), dtype=profile.dtype)
+        drafter = Drafter(drafter_config, _parameters(drafter_parameters(drafter_config), "w4"), dtype=profile.dtype)
         pages = -(-(max(contexts) + _STEPS * profile.block_rows[-1] * 8) // profile.page_size)
         ring = profile.ring(config, pages)
         programs = Programs(
@@ -113,7 +113,7 @@ def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> d
         for context in contexts:
             progress(f"context {context}", len(rows), len(contexts))
             rows.append(_row(programs, config, context, sizes))
-    report = {**environment(), "model": f"{shape}, random w4 weights", "rows": rows}
+    report = {**environment(), "model": f"{shape} and drafter, random w4 weights", "rows": rows}
     _print(report)
     write(json_file, report)
     return report

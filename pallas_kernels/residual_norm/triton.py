@@ -14,7 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-_NUMBERS_PER_WARP = 1024
+_WARPS = 8
+_LEAST_NUMBERS = 64
+"""A warp has so many numbers of a row at least."""
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
@@ -43,7 +45,7 @@ def residual_norm(
         in_specs=[whole] * (3 + len(optional)),
         out_specs=[whole] * 2,
         out_shape=[shape] * 2,
-        compiler_params=plt.CompilerParams(num_warps=min(16, max(1, width // _NUMBERS_PER_WARP)), num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=max(1, min(_WARPS, width // _LEAST_NUMBERS)), num_stages=1),
         interpret=interpret,
         name="residual_norm",
     )(parts, stream, scale, *optional)
