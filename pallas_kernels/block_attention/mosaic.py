@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.block_attention.combine import combine
 from pallas_kernels.online_softmax import LOWEST
 
@@ -63,6 +64,7 @@ def block_attention(
     value_pool: Float[Array, "tokens kv_heads D"],
     page_table: Int[Array, "B P"],
     starts: Int[Array, " B"],
+    tree: Ancestry | None = None,
     *,
     page_size: int,
     scale: float,
@@ -72,7 +74,9 @@ def block_attention(
     compact: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """See `api.block_attention`. Raises NotImplementedError for what `why_not` names."""
+    """See `api.block_attention`. Raises NotImplementedError for trees and for what `why_not` names."""
+    if tree is not None:
+        raise NotImplementedError("block_attention on Mosaic takes rows that are a chain, got a tree")
     options = {"page_size": page_size, "window": window, "causal": causal, "compact": compact}
     if ring or (reason := why_not(queries, key_pool, value_pool, **options)):
         raise NotImplementedError(f"block_attention on Mosaic {'takes no ring of pages' if ring else reason}")
