@@ -79,9 +79,11 @@ class Engine:
         context_length: int | None = None,
         max_sessions: int | None = None,
         bsa: bool = False,
+        tree: int | None = None,
     ) -> None:
         if keep_ratio is not None and not 0 < keep_ratio <= 1:
             raise ValueError(f"keep ratio {keep_ratio} is not in (0, 1]: give the fraction of prompt tokens to keep")
+        model = dataclasses.replace(model, profile=model.profile.with_tree(tree))
         target, scorer, profile = model.target, model.scorer, model.profile
         if dflash == "on" and model.drafter is None:
             _warn("DFlash is on but there is no drafter, so that nothing is drafted: name one (--drafter)")
