@@ -93,6 +93,14 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
 
 _model = click.argument("model", required=False, type=_FILE)
 _drafter = click.option("--drafter", type=_FILE, help="The model that proposes blocks.")
+_tree = click.option(
+    "--tree",
+    type=click.IntRange(2, 32),
+    is_flag=False,
+    flag_value=16,
+    metavar="ROWS",
+    help="Verify a tree of so many rows (16 without a number) instead of a chain of proposals.",
+)
 _scoring_options = _options(
     click.option(
         "--scorer", type=_FILE, help="The model that ranks prompt tokens; without it, the target's first layers."
@@ -117,6 +125,7 @@ _scoring_options = _options(
 _engine_options = _options(
     _drafter,
     click.option("--dflash", type=_SWITCH, default="auto", show_default=True, help="Draft blocks; auto: when it pays."),
+    _tree,
     click.option(
         "--pflash", type=_SWITCH, default="auto", show_default=True, help="Prune prompts; auto: when it pays."
     ),
@@ -362,6 +371,7 @@ def bench() -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="Take the first prompts of each file.")
 @click.option("--dflash", type=click.Choice(["auto", "on"]), default="on", show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
+@_tree
 @click.option("--shape", type=click.Choice(["gemma4-31b", "gemma4-12b", "qwen3-8b"]), help="A big model's sizes.")
 @click.option("--random", "random_weights", is_flag=True, help="Random weights for --shape; no MODEL is read.")
 @click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="With --shape; may be repeated.")
@@ -377,7 +387,7 @@ def decode(
     if shape is not None:
         from dflash_jax.bench import shapes
 
-        shapes.run(shape, contexts or (4096, 32_768), options["json_file"])
+        shapes.run(shape, contexts or (4096, 32_768), options["json_file"], tree=options["tree"])
         return
     from dflash_jax.bench import decode
 

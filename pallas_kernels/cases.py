@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention_rows.reference import HeadLayout
+from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8
 from pallas_kernels.sparse_attention.selection import Selection, SelectionRule, query_block_rows
 
@@ -35,6 +37,8 @@ class AttentionCase:
     ring: bool = False
     key_dim: int | None = None
     """Numbers of a key beside those of its value, in the compact form."""
+    tree: bool = False
+    """The rows form a tree."""
 
     def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments; pages of a slot are scattered over the pool."""
@@ -51,6 +55,7 @@ class AttentionCase:
             *(jnp.asarray(pool, dtype) for pool in pools),
             jnp.asarray(table),
             jnp.asarray(self.lengths, jnp.int32),
+            *([_random_tree(slots, self.rows)] if self.tree else []),
         )
         keywords = {
             "page_size": self.page_size,
@@ -79,6 +84,18 @@ class AttentionCase:
             for row in range(self.rows)
         )
         return 2 * seen * self.heads * width
+
+
+def _random_tree(slots: int, rows: int) -> Ancestry:
+    """Nodes that hang anywhere, deep ones as a rule."""
+    generator = np.random.default_rng(rows)
+    depths, sees = np.zeros((slots, rows), np.int32), np.ones((slots, rows), np.uint32)
+    for slot, row in np.ndindex(slots, rows):
+        if row:
+            parent = int(generator.integers(max(0, row - 4), row))
+            depths[slot, row] = depths[slot, parent] + 1
+            sees[slot, row] = sees[slot, parent] | np.uint32(1 << row)
+    return Ancestry(jnp.asarray(depths), jnp.asarray(sees))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,6 +369,81 @@ class BestTokensCase:
 
 
 @dataclasses.dataclass(frozen=True)
+class DraftTreeCase:
+    """Arguments of draft_tree: log-probabilities of candidates, of which the loudest are nearly sure."""
+
+    name: str
+    slots: int
+    levels: int
+    rows: int
+    count: int = 8
+    loudness: float = 2.0
+    dtype: str = "float32"
+
+    def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments."""
+        generator = np.random.default_rng(seed)
+        anchor = generator.integers(0, 1000, (self.slots,), dtype=np.int32)
+        candidates = generator.integers(0, 1000, (self.slots, self.levels, self.count), dtype=np.int32)
+        scores = generator.standard_normal((self.slots, self.levels, self.count, self.count), np.float32)
+        scores = jax.nn.log_softmax(self.loudness * jnp.asarray(scores), axis=-1)
+        return (jnp.asarray(anchor), jnp.asarray(candidates), scores), {"rows": self.rows}
+
+    @property
+    def bytes(self) -> int:
+        """Scores of the children of every node."""
+        return 4 * self.slots * self.rows * self.count
+
+    @property
+    def flops(self) -> int:
+        """A comparison with each."""
+        return self.slots * self.rows * self.count
+
+
+@dataclasses.dataclass(frozen=True)
+class MoveRowsCase:
+    """Arguments of move_rows: pools of several `(kv_heads, width)`; `starts` and `pages` as in AttentionRowsCase."""
+
+    name: str
+    starts: tuple[int, ...]
+    rows: int
+    heads: tuple[tuple[int, int], ...]
+    page_size: int
+    pages: int
+    ring: bool = False
+    dtype: str = "float32"
+
+    def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments; a path leaves some rows out, and ends in rows that stay."""
+        generator = np.random.default_rng(seed)
+        slots, tokens = len(self.starts), (1 + len(self.starts) * self.pages) * self.page_size
+        pools = [generator.standard_normal((tokens, *heads), np.float32) for heads in self.heads]
+        table = 1 + generator.permutation(slots * self.pages).astype(np.int32).reshape(slots, self.pages)
+        path = np.tile(np.arange(self.rows, dtype=np.int32), (slots, 1))
+        for slot in range(slots):
+            taken = [0, *range(1 + slot, self.rows, 2 + slot)]
+            path[slot, : len(taken)] = taken
+        positional = (
+            [jnp.asarray(pool, self.dtype) for pool in pools],
+            jnp.asarray(path),
+            jnp.asarray(table),
+            jnp.asarray(self.starts, jnp.int32),
+        )
+        return positional, {"page_size": self.page_size, "ring": self.ring}
+
+    @property
+    def bytes(self) -> int:
+        """Rows that are read and written, at most all."""
+        numbers = sum(heads * width for heads, width in self.heads)
+        return 2 * len(self.starts) * self.rows * numbers * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def flops(self) -> int:
+        """None."""
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionRowsCase:
     """Arguments of attention_rows, with the scales of its norms among the arrays: `norms` are letters of "qkv".
 
@@ -485,6 +577,13 @@ SMALL_ATTENTION = (
     AttentionCase("compact, one row", (37,), 1, 4, 2, 64, 16, 4, key_dim=16),
     AttentionCase("compact head of 512", (70,), 16, 4, 1, 512, 16, 6, key_dim=128),
     AttentionCase("compact head of 512, tiles", (300, 5), 16, 8, 1, 512, 64, 6, dtype="bfloat16", key_dim=128),
+    AttentionCase("tree", (21, 5), 16, 6, 2, 32, 16, 4, tree=True),
+    AttentionCase("tree, many splits", (150, 27), 16, 4, 2, 32, 16, 16, tree=True),
+    AttentionCase("tree of 32 rows", (70,), 32, 4, 2, 32, 16, 12, tree=True),
+    AttentionCase("tree, nothing before", (0,), 5, 2, 1, 16, 16, 1, tree=True),
+    AttentionCase("tree, window smaller than its depth", (50, 3), 24, 4, 2, 32, 16, 5, window=6, tree=True),
+    AttentionCase("tree in a ring", (150, 5), 16, 4, 2, 32, 16, 4, window=20, ring=True, tree=True),
+    AttentionCase("compact tree", (70, 3), 16, 4, 2, 64, 16, 8, key_dim=16, tree=True),
 )
 LARGE_ATTENTION = (
     AttentionCase("SmolLM2 step, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16"),
@@ -513,6 +612,8 @@ LARGE_ATTENTION = (
     AttentionCase(
         "Gemma 4 31B global step, compact, 128K", (131_000,), 16, 32, 4, 512, 128, 1024, dtype="bfloat16", key_dim=128
     ),
+    AttentionCase("SmolLM2 tree, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16", tree=True),
+    AttentionCase("Qwen3-8B tree of 32 rows, 32K", (32_000,), 32, 32, 8, 128, 128, 256, dtype="bfloat16", tree=True),
     AttentionCase("Qwen3-0.6B chunk, 128K", (129_024,), 1024, 16, 8, 128, 128, 1024, dtype="bfloat16"),
     AttentionCase("Gemma 4 31B local chunk, 8K", (7168,), 1024, 32, 16, 256, 128, 64, dtype="bfloat16", window=1024),
     AttentionCase(
@@ -653,4 +754,26 @@ SMALL_BEST_TOKENS = (
 LARGE_BEST_TOKENS = (
     BestTokensCase("SmolLM2 block", 15, 49_152),
     BestTokensCase("Gemma 4 block", 15, 262_144),
+)
+SMALL_DRAFT_TREE = (
+    DraftTreeCase("16 rows", 3, 15, 16),
+    DraftTreeCase("32 rows", 2, 15, 32, loudness=0.3),
+    DraftTreeCase("nearly a chain", 2, 15, 16, loudness=20.0),
+    DraftTreeCase("two levels", 1, 2, 20),
+    DraftTreeCase("fewer nodes than rows", 1, 1, 12),
+    DraftTreeCase("rows that are no power of two", 2, 6, 11, count=4),
+)
+LARGE_DRAFT_TREE = (DraftTreeCase("tree of 16 rows", 1, 15, 16), DraftTreeCase("tree of 32 rows", 1, 15, 32))
+SMALL_MOVE_ROWS = (
+    MoveRowsCase("one pool", (14,), 8, ((2, 16),), 16, 2),
+    MoveRowsCase("pools of different heads", (21, 5), 16, ((2, 16), (2, 64), (1, 32), (3, 16)), 16, 3),
+    MoveRowsCase("ring", (150, 60), 16, ((2, 32),) * 2, 16, 4, ring=True),
+    MoveRowsCase("bf16, rows that are no power of two", (30, 3, 7), 11, ((3, 64),) * 4, 16, 3, dtype="bfloat16"),
+)
+LARGE_MOVE_ROWS = (
+    MoveRowsCase("SmolLM2", (250,), 16, ((3, 64),) * 60, 128, 3, dtype="bfloat16"),
+    MoveRowsCase(
+        "Gemma 4 31B local, in a ring", (131_000,), 16, ((16, 256),) * 100, 128, 3, ring=True, dtype="bfloat16"
+    ),
+    MoveRowsCase("Gemma 4 31B global, compact", (250,), 16, ((4, 128), (4, 512)) * 10, 128, 3, dtype="bfloat16"),
 )

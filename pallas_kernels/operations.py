@@ -21,7 +21,9 @@ from pallas_kernels.cases import (
     LARGE_ATTENTION,
     LARGE_ATTENTION_ROWS,
     LARGE_BEST_TOKENS,
+    LARGE_DRAFT_TREE,
     LARGE_MATMUL,
+    LARGE_MOVE_ROWS,
     LARGE_RESIDUAL_NORM,
     LARGE_SCORING,
     LARGE_SELECTION,
@@ -29,13 +31,17 @@ from pallas_kernels.cases import (
     SMALL_ATTENTION,
     SMALL_ATTENTION_ROWS,
     SMALL_BEST_TOKENS,
+    SMALL_DRAFT_TREE,
     SMALL_MATMUL,
+    SMALL_MOVE_ROWS,
     SMALL_RESIDUAL_NORM,
     SMALL_SCORING,
     SMALL_SELECTION,
     SMALL_SPARSE,
     Seed,
 )
+from pallas_kernels.draft_tree.api import draft_tree
+from pallas_kernels.move_rows.api import move_rows
 from pallas_kernels.paged import on_hopper
 from pallas_kernels.quantised_matmul.api import matmul
 from pallas_kernels.residual_norm.api import residual_norm
@@ -154,6 +160,18 @@ def best_ids(*arguments: Any, **keywords: Any) -> jax.Array:
     return best_tokens(*arguments, **keywords).astype(jnp.float32)
 
 
+def nodes_of_tree(*arguments: Any, **keywords: Any) -> jax.Array:
+    """All numbers of a tree."""
+    leaves = jax.tree.leaves(draft_tree(*arguments, **keywords))
+    return jnp.stack([leaf.astype(jnp.float32) for leaf in leaves])
+
+
+def moved_rows(pools: Sequence[jax.Array], *arguments: Any, page_size: int, **keywords: Any) -> jax.Array:
+    """All numbers of the pools, one behind the other, but those of page 0, which may be anything."""
+    moved = move_rows(pools, *arguments, page_size=page_size, **keywords)
+    return jnp.concatenate([pool[page_size:].reshape(-1) for pool in moved])
+
+
 def differing_share(actual: np.ndarray, expected: np.ndarray) -> float:
     """How many of two lists of ids are not the same."""
     return float((actual != expected).mean())
@@ -205,6 +223,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("residual_norm", stream_and_norm, SMALL_RESIDUAL_NORM, LARGE_RESIDUAL_NORM),
     Operation("attention_rows", written_rows, SMALL_ATTENTION_ROWS, LARGE_ATTENTION_ROWS),
     Operation("best_tokens", best_ids, SMALL_BEST_TOKENS, LARGE_BEST_TOKENS, differing_share),
+    Operation("draft_tree", nodes_of_tree, SMALL_DRAFT_TREE, LARGE_DRAFT_TREE, differing_share),
+    Operation("move_rows", moved_rows, SMALL_MOVE_ROWS, LARGE_MOVE_ROWS),
 )
 
 

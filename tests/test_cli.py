@@ -26,6 +26,7 @@ from tests.server.fake_engine import FakeEngine
 ENGINE_DEFAULTS = {
     "drafter": None,
     "dflash": "auto",
+    "tree": None,
     "pflash": "auto",
     "scorer": None,
     "keep_ratio": None,
@@ -175,7 +176,7 @@ def test_generate_json():
 
 
 def test_generate_passes_its_options_on(engine):
-    options = "--drafter d --scorer s --dflash on --pflash off --keep-ratio 0.2 --pflash-scope all --bsa on"
+    options = "--drafter d --scorer s --dflash on --tree --pflash off --keep-ratio 0.2 --pflash-scope all --bsa on"
     run("generate", "m", "-p", "x", "--raw", "--temperature", "0.5", "--context-length", "40", *options.split())
     assert engine.loaded == (
         Path("m"),
@@ -183,6 +184,7 @@ def test_generate_passes_its_options_on(engine):
             "drafter": Path("d"),
             "scorer": Path("s"),
             "dflash": "on",
+            "tree": 16,
             "pflash": "off",
             "keep_ratio": 0.2,
             "pflash_scope": "all",
@@ -344,8 +346,8 @@ def test_inspect_verify(monkeypatch):
     [
         (
             "decode",
-            "--max-tokens 16 --drafter d --limit 3 --dflash auto --temperature 0.7",
-            {"max_tokens": 16, "drafter": Path("d"), "limit": 3, "dflash": "auto", "temperature": 0.7},
+            "--max-tokens 16 --drafter d --limit 3 --dflash auto --tree 32 --temperature 0.7",
+            {"max_tokens": 16, "drafter": Path("d"), "limit": 3, "dflash": "auto", "tree": 32, "temperature": 0.7},
         ),
         (
             "prefill",

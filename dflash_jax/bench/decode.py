@@ -30,12 +30,14 @@ def run(
     limit: int | None = None,
     temperature: float = 0.0,
     dflash: Literal["auto", "on"] = "on",
+    tree: int | None = None,
 ) -> dict[str, Any]:
     """Answers every prompt without and (if there is a drafter) with DFlash, prints a table, returns the report.
 
     Both run prompt by prompt, one after the other, so that a busy machine slows both alike. Rates are tokens of the
     answer over seconds after prefill; totals, of each file of prompts and of all, are all tokens over all seconds.
     `limit` takes the first prompts of each file; `dflash` is "on", or "auto" as when serving: only while it pays.
+    With a `tree` DFlash verifies so many rows as a tree.
     """
     check_plot(plot)
     chats = [(file.stem if file else "own", chat) for file in prompts or (None,) for chat in read_prompts(file)[:limit]]
@@ -45,7 +47,7 @@ def run(
         with _ready(Engine(loaded, dflash="off", pflash="off"), progress) as plain, contextlib.ExitStack() as stack:
             fast = None
             if loaded.drafter is not None:
-                fast = stack.enter_context(_ready(Engine(loaded, dflash=dflash, pflash="off"), progress))
+                fast = stack.enter_context(_ready(Engine(loaded, dflash=dflash, tree=tree, pflash="off"), progress))
             options: Any = {"max_tokens": max_tokens, "temperature": temperature, "seed": 0}
             for index, (name, chat) in enumerate(chats):
                 progress("prompts", index, len(chats))
@@ -56,6 +58,7 @@ def run(
         **environment(),
         "model": loaded.model_id,
         "temperature": temperature,
+        "tree": tree,
         "rows": [row for row, _, _ in rows],
         "sets": {
             name: _total([row for row in rows if row[0]["set"] == name]) for name in dict.fromkeys(n for n, _ in chats)

@@ -85,10 +85,15 @@ _NIBBLE_DEVIATION, _BYTE_DEVIATION = 4.6, 74.0
 _STEPS = 16
 
 
-def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> dict[str, Any]:
-    """Times plain steps and blocks (draft and verify) at each context, prints a table, returns the report."""
+def run(
+    shape: str, contexts: Sequence[int], json_file: Path | None = None, *, tree: int | None = None
+) -> dict[str, Any]:
+    """Times plain steps and blocks (draft and verify) at each context, prints a table, returns the report.
+
+    The rows of a block are a chain, or a `tree` of so many.
+    """
     config = from_hf(TARGETS[shape])
-    profile = profile_for_device()
+    profile = profile_for_device().with_tree(tree)
     with progress_bar() as progress:
         progress("random weights", 0, 0)
         target = Decoder(config, _parameters(target_parameters(config), "w4"), dtype=profile.dtype)
@@ -113,7 +118,8 @@ def run(shape: str, contexts: Sequence[int], json_file: Path | None = None) -> d
         for context in contexts:
             progress(f"context {context}", len(rows), len(contexts))
             rows.append(_row(programs, config, context, sizes))
-    report = {**environment(), "model": f"{shape} and drafter, random w4 weights", "rows": rows}
+    model = f"{shape} and drafter, random w4 weights"
+    report = {**environment(), "model": model, "tree": tree, "rows": rows}
     _print(report)
     write(json_file, report)
     return report

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.ring import Ring, ring_of
+from pallas_kernels.block_attention.ancestry import MOST_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Profile:
     max_steps       steps of one visit to the device at most
     visit_seconds   how long a visit should take: what a client that goes away costs, and how finely text streams
     max_sessions    answers that run at the same time
+    tree            whether the rows of a step which drafts are a tree of proposals instead of a chain
     """
 
     dtype: jnp.dtype
@@ -33,6 +35,7 @@ class Profile:
     max_steps: int
     visit_seconds: float
     max_sessions: int
+    tree: bool = False
 
     @property
     def visit_rows(self) -> int:
@@ -48,6 +51,14 @@ class Profile:
             page_size=self.page_size,
             pages_per_sequence=pages_per_sequence,
         )
+
+    def with_tree(self, rows: int | None) -> Profile:
+        """Steps that draft verify a tree of so many rows; None: the profile as it is."""
+        if rows is None:
+            return self
+        if not 1 < rows <= MOST_ROWS:
+            raise ValueError(f"a tree of {rows} rows: give 2 to {MOST_ROWS}, the anchor's among them")
+        return dataclasses.replace(self, block_rows=(rows,), tree=True)
 
     def chunk_for(self, remaining: int) -> int:
         """Rows of the next prefill pass when so many tokens remain."""

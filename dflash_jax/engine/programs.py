@@ -104,7 +104,8 @@ class Programs:
         self._target_config, self._drafter_config = target.config, drafter.config if drafter else None
         self._scorer_config = scorer.config if scorer else None
         self._scorer_ring = profile.ring(scorer.config, pages_per_sequence) if scorer else None
-        block_rows = {min(rows, drafter.config.block_size) for rows in profile.block_rows} if drafter else set()
+        longest = drafter.config.block_size if drafter and not profile.tree else profile.block_rows[-1]
+        block_rows = {min(rows, longest) for rows in profile.block_rows} if drafter else set()
         self.block_rows = tuple(sorted(block_rows))
         self._weights = (_Weights(target), _Weights(drafter))
         self._scorer_weights = _Weights(scorer if scorer is not None else target)
@@ -118,6 +119,7 @@ class Programs:
                 rows=rows,
                 capacity=profile.max_steps * rows,
                 page_size=page_size,
+                tree=profile.tree,
             )
             for kind, rows in ((PLAIN, profile.plain_rows), *((rows, rows) for rows in self.block_rows))
         }
@@ -263,7 +265,8 @@ class Programs:
             for rows in self.profile.chunks
         ]
         for rows in self._decode:
-            label = f"decoding with DFlash, {rows} rows" if rows else "plain decoding"
+            form = "a tree of " if self.profile.tree else ""
+            label = f"decoding with DFlash, {form}{rows} rows" if rows else "plain decoding"
             steps.append((label, functools.partial(self._run_dummy_decode, rows)))
         if with_scoring:
             lengths = {"": 0, "sparse ": self._sparse.least_tokens} if self._sparse else {"": 0}

@@ -33,6 +33,7 @@ from dflash_jax.models.layers import (
 )
 from dflash_jax.models.per_layer import PerLayerEmbedding, PerLayerGate
 from pallas_kernels.attention_rows.api import HeadLayout, HeadNorms, attention_rows, normed_heads
+from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.quantised_matmul import api as quantised_matmul
 from pallas_kernels.residual_norm.api import sum_of
@@ -65,6 +66,8 @@ class Place:
     page_size: int
     ring_table: Int[Array, "slots ring_pages"] | None = None
     sparse: SparseReading | None = None
+    tree: Ancestry | None = None
+    """What rows see of each other where they are no chain; K and V are stored in the order of rows all the same."""
 
     def table(self, layer: LayerConfig) -> tuple[Int[Array, "slots _pages"], bool]:
         """The page table that a layer goes by, and whether it is a ring."""
@@ -152,7 +155,7 @@ class Attention(nnx.Module):
             mixed = self._read_sparsely(queries, pool, place, **sizes)
         else:
             pool, ringed = kv, {"window": self.layer.window, "ring": ring}
-            mixed = block_attention(queries, *kv, table, place.starts, **ringed, **sizes)
+            mixed = block_attention(queries, *kv, table, place.starts, place.tree, **ringed, **sizes)
         return self.out.parts(mixed.reshape(*x.shape[:2], -1)), pool, self._before_rope(parts, x)
 
     def _before_rope(self, parts: Parts, x: Float[Array, "slots rows dim"]) -> QueriesKeys:

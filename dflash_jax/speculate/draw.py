@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dflash_jax.speculate.logprobs import Logprobs, logprobs_of, no_logprobs
 from dflash_jax.speculate.penalties import count, penalise
@@ -53,7 +53,7 @@ def draw(
         def step(carry: tuple[Array, Array, Drawn]) -> tuple[Array, Array, Drawn]:
             row, agrees, drawn = carry
             token = sample(_row(logits, row), sampling, number + row)
-            drawn = dataclasses.replace(drawn, tokens=_with_row(drawn.tokens, token[:, None], row))
+            drawn = dataclasses.replace(drawn, tokens=with_row(drawn.tokens, token[:, None], row))
             return row + 1, agrees & (token == _row(padded, row)), drawn
 
         return jax.lax.while_loop(agreeing, step, start)[2]
@@ -61,13 +61,10 @@ def draw(
     def special(extras: Extras) -> Drawn:
         def step(carry: tuple[Array, Array, Drawn, Array]) -> tuple[Array, Array, Drawn, Array]:
             row, agrees, drawn, counts = carry
-            raw = _row(logits, row)
-            scores = penalise(raw, extras.penalties, counts)
-            token = jax.lax.cond(warm, lambda: sample(scores, sampling, number + row), lambda: greedy(scores))
-            found = Drawn(token[:, None], logprobs_of(raw, token))
-            drawn = jax.tree.map(lambda all, one: _with_row(all, one, row), drawn, found)
+            found = draw_penalised(_row(logits, row), sampling, extras, number, row, counts, warm)
+            drawn = jax.tree.map(lambda all, one: with_row(all, one, row), drawn, found)
             # Where the next row matters, this row's token is its proposal.
-            return row + 1, agrees & (token == _row(padded, row)), drawn, count(counts, token[:, None])
+            return row + 1, agrees & (found.tokens[:, 0] == _row(padded, row)), drawn, count(counts, found.tokens)
 
         counts = count(extras.penalties.counts, recent)
         return jax.lax.while_loop(agreeing, step, (*start, counts))[2]
@@ -80,9 +77,28 @@ def draw(
     return jax.lax.switch(case, (drawn_greedily, sampled, lambda: special(extras)))
 
 
+def draw_penalised(
+    logits: Float[Array, "slots vocab"],
+    sampling: SamplingParameters,
+    extras: Extras,
+    number: Int[Array, " slots"],
+    row: Int[Array, ""],
+    counts: Int[Array, "slots vocab"],
+    warm: Bool[Array, ""],
+) -> Drawn:
+    """Token `number + row` of each answer, with what `extras` ask for; `counts` are those of the answer before it.
+
+    `warm` says whether any slot has a temperature.
+    """
+    scores = penalise(logits, extras.penalties, counts)
+    token = jax.lax.cond(warm, lambda: sample(scores, sampling, number + row), lambda: greedy(scores))
+    return Drawn(token[:, None], logprobs_of(logits, token))
+
+
+def with_row(values: Array, one: Array, row: Array) -> Array:
+    """[slots, rows, ...] with row number `row` of every slot replaced by `one`, which is [slots, 1, ...]."""
+    return jax.lax.dynamic_update_slice_in_dim(values, one, row, axis=1)
+
+
 def _row(values: Array, row: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(values, row, axis=1, keepdims=False)
-
-
-def _with_row(values: Array, one: Array, row: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(values, one, row, axis=1)

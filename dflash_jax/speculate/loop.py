@@ -11,7 +11,17 @@ from jaxtyping import Array, Int
 from dflash_jax.models.decoder import Place
 from dflash_jax.speculate.logprobs import Logprobs, no_logprobs
 from dflash_jax.speculate.sampling import SamplingParameters
-from dflash_jax.speculate.step import Networks, Pools, Slots, no_proposals, propose, verify
+from dflash_jax.speculate.step import (
+    Committed,
+    Networks,
+    Pools,
+    Slots,
+    no_proposals,
+    propose,
+    propose_tree,
+    verify,
+    verify_tree,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -62,25 +72,38 @@ def decode(
     rows: int,
     capacity: int,
     page_size: int,
+    tree: bool = False,
 ) -> tuple[Visit, Pools, Slots]:
     """Steps until no slot is live or `max_steps` are done, without the host.
 
     `capacity` bounds the committed tokens of a visit; it must be at least `rows`. With `draft` each step verifies a
-    block from the drafter, without it the step commits one token.
+    block from the drafter, without it the step commits one token. The `rows` of a block are a chain or a `tree`.
     """
 
     def room(carry: tuple[Visit, Pools, Slots]) -> Array:
         visit, _, slots = carry
         return jnp.any(slots.live) & (visit.steps < max_steps) & (jnp.max(visit.count) + rows <= capacity)
 
-    def step(carry: tuple[Visit, Pools, Slots]) -> tuple[Visit, Pools, Slots]:
-        visit, pools, slots = carry
+    def chain_step(pools: Pools, slots: Slots, recent: Array) -> tuple[Committed, Pools, Slots]:
         if draft:
             proposals, pools = propose(networks, pools, slots, sampling, rows=rows, page_size=page_size)
         else:
             proposals = no_proposals(slots, rows)
-        committed, pools, slots = verify(networks, pools, slots, sampling, proposals, visit.tokens, page_size=page_size)
-        row = jnp.arange(rows, dtype=jnp.int32)[None, :]
+        return verify(networks, pools, slots, sampling, proposals, recent, page_size=page_size)
+
+    def tree_step(pools: Pools, slots: Slots, recent: Array) -> tuple[Committed, Pools, Slots]:
+        assert networks.drafter is not None
+        sizes = {"levels": min(rows, networks.drafter.config.block_size) - 1, "page_size": page_size}
+        nodes, pools = propose_tree(networks, pools, slots, sampling, rows=rows, **sizes)
+        return verify_tree(networks, pools, slots, sampling, nodes, recent, **sizes)
+
+    def step(carry: tuple[Visit, Pools, Slots]) -> tuple[Visit, Pools, Slots]:
+        visit, pools, slots = carry
+        if draft and tree:
+            committed, pools, slots = tree_step(pools, slots, visit.tokens)
+        else:
+            committed, pools, slots = chain_step(pools, slots, visit.tokens)
+        row = jnp.arange(committed.tokens.shape[1], dtype=jnp.int32)[None, :]
         target = jnp.where(row < committed.count[:, None], visit.count[:, None] + row, capacity)
         slot = jnp.arange(len(visit.count), dtype=jnp.int32)[:, None]
 

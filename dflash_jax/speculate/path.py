@@ -40,20 +40,55 @@ def choose_path(
     if selector is None:
         warm = jnp.any(sampling.temperature > 0)
         return jax.lax.cond(warm, lambda: _drawn(logits, sampling, number), lambda: greedy(logits))
-    candidates = _candidates(logits)
-    first = jnp.broadcast_to(anchor[:, None, None], (slots, 1, candidates.shape[-1]))
-    before = jnp.concatenate([first, candidates[:, :-1]], axis=1)
-    embedded = target.embed(before.reshape(slots, -1)).reshape(*before.shape, -1)
-    corrected = selector(hidden[:, :, None], embedded)
-    directions = target.head_rows(candidates.reshape(slots, -1)).reshape(*before.shape, -1)
-    scores = jnp.einsum("srad,srbd->srab", corrected, directions, preferred_element_type=jnp.float32)
-    scores = lifted(target.capped(scores), candidates, sampling, number)
+    candidates, scores = _pairs(target, selector, hidden, logits, anchor)
+    scores = lifted(scores, candidates, sampling, number)
     winner = jnp.argmax(scores, axis=-1)  # [slots, rows, K]: the best candidate after each candidate of the row before
     taken, chosen = jnp.zeros(slots, jnp.int32), []
     for row in range(rows):
         taken = jnp.take_along_axis(winner[:, row], taken[:, None], axis=1)[:, 0]
         chosen.append(jnp.take_along_axis(candidates[:, row], taken[:, None], axis=1)[:, 0])
     return jnp.stack(chosen, axis=1)
+
+
+def score_pairs(
+    target: Decoder,
+    selector: PathSelector | None,
+    hidden: Float[Array, "slots rows dim"],
+    anchor: Int[Array, " slots"],
+    sampling: SamplingParameters,
+    number: Int[Array, " slots"],
+) -> tuple[Int[Array, "slots rows K"], Float[Array, "slots rows K K"]]:
+    """The candidates of each row, and what decides between them after each candidate of the row before.
+
+    Arguments are those of `choose_path`. The first row comes after the anchor alone, whatever the candidate before.
+    """
+    logits = target.project(hidden)
+    if selector is None:
+        candidates = _candidates(logits)
+        scores = jnp.take_along_axis(logits, candidates, axis=-1)[:, :, None]
+    else:
+        candidates, scores = _pairs(target, selector, hidden, logits, anchor)
+    count = candidates.shape[-1]
+    scores = lifted(scores, candidates, sampling, number)
+    return candidates, jnp.broadcast_to(scores, (*candidates.shape[:2], count, count))
+
+
+def _pairs(
+    target: Decoder,
+    selector: PathSelector,
+    hidden: Float[Array, "slots rows dim"],
+    logits: Float[Array, "slots rows vocab"],
+    anchor: Int[Array, " slots"],
+) -> tuple[Int[Array, "slots rows K"], Float[Array, "slots rows K K"]]:
+    """The candidates of each row, and their logits after each candidate of the row before."""
+    slots, candidates = len(anchor), _candidates(logits)
+    first = jnp.broadcast_to(anchor[:, None, None], (slots, 1, candidates.shape[-1]))
+    before = jnp.concatenate([first, candidates[:, :-1]], axis=1)
+    embedded = target.embed(before.reshape(slots, -1)).reshape(*before.shape, -1)
+    corrected = selector(hidden[:, :, None], embedded)
+    directions = target.head_rows(candidates.reshape(slots, -1)).reshape(*before.shape, -1)
+    scores = jnp.einsum("srad,srbd->srab", corrected, directions, preferred_element_type=jnp.float32)
+    return candidates, target.capped(scores)
 
 
 def _drawn(

@@ -10,15 +10,19 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dflash_jax.models.decoder import Decoder, Place
-from dflash_jax.models.drafter import Drafter, block_tokens
+from dflash_jax.models.drafter import Drafter, PathSelector, block_tokens
 from dflash_jax.models.layers import KvPool
 from dflash_jax.speculate.draw import draw
 from dflash_jax.speculate.logprobs import Logprobs
 from dflash_jax.speculate.path import choose_path
 from dflash_jax.speculate.sampling import SamplingParameters
+from dflash_jax.speculate.tree import choose_tree
+from dflash_jax.speculate.walk import walk
+from pallas_kernels.draft_tree.api import Tree
+from pallas_kernels.move_rows.api import move_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +86,23 @@ def propose(
     networks: Networks, pools: Pools, slots: Slots, sampling: SamplingParameters, *, rows: int, page_size: int
 ) -> tuple[Int[Array, "slots proposals"], Pools]:
     """The tokens that the drafter expects the target to choose for each of the `rows - 1` rows after the anchor."""
-    target, drafter = networks.target, networks.drafter
-    if drafter is None:
-        raise ValueError("propose needs a drafter")
-    block = block_tokens(slots.anchor, drafter.config, rows)
-    place = _place(slots, block.shape[1], page_size)
-    hidden, drafter_pools = drafter(target.embed(block), pools.drafter, place)
-    selector = drafter.path if drafter.config.path_rank else None
-    proposals = choose_path(target, selector, hidden[:, 1:rows], slots.anchor, sampling, slots.number)
-    return proposals, dataclasses.replace(pools, drafter=drafter_pools)
+    hidden, selector, pools = _draft(networks, pools, slots, rows, page_size)
+    return choose_path(networks.target, selector, hidden, slots.anchor, sampling, slots.number), pools
+
+
+def propose_tree(
+    networks: Networks,
+    pools: Pools,
+    slots: Slots,
+    sampling: SamplingParameters,
+    *,
+    levels: int,
+    rows: int,
+    page_size: int,
+) -> tuple[Tree, Pools]:
+    """A tree of `rows` rows: the likeliest paths through the `levels` rows after the anchor."""
+    hidden, selector, pools = _draft(networks, pools, slots, levels + 1, page_size)
+    return choose_tree(networks.target, selector, hidden, slots.anchor, sampling, slots.number, rows=rows), pools
 
 
 def verify(
@@ -117,8 +129,68 @@ def verify(
     if networks.drafter is not None and passed.features is not None:
         drafter_pools = networks.drafter.read(passed.features, pools.drafter, place)
     own = draw(networks.target.logits(passed.hidden), sampling, slots.number, proposals, recent)
-    committed = Committed(own.tokens, own.logprobs, _count(own.tokens, proposals, slots))
+    agreeing = jnp.cumprod((own.tokens[:, :-1] == proposals).astype(jnp.int32), axis=1)
+    committed = Committed(own.tokens, own.logprobs, _count(own.tokens, jnp.sum(agreeing, axis=1), slots))
     return committed, Pools(passed.pools, drafter_pools), _advance(slots, committed)
+
+
+def verify_tree(
+    networks: Networks,
+    pools: Pools,
+    slots: Slots,
+    sampling: SamplingParameters,
+    tree: Tree,
+    recent: Int[Array, "slots recent"],
+    *,
+    levels: int,
+    page_size: int,
+) -> tuple[Committed, Pools, Slots]:
+    """As `verify`, with a tree whose nodes are at most `levels` deep in place of a chain.
+
+    K and V of the accepted rows move to the front of the block, where a chain would have left them. They fit there:
+    RoPE has turned them by their depth. The drafter reads these rows' features only.
+    """
+    target = networks.target
+    positions = slots.position[:, None] + tree.ancestry.depths
+    place = Place(slots.page_table, slots.length, positions, page_size, slots.ring_table, tree=tree.ancestry)
+    passed = target(jnp.maximum(tree.tokens, 0), pools.target, place, capture=networks.captured_layers)
+    own = walk(target.logits(passed.hidden), sampling, slots.number, tree, recent, levels=levels)
+    drafter_pools = pools.drafter
+    if networks.drafter is not None and passed.features is not None:
+        features = jnp.take_along_axis(passed.features, own.path[:, :, None], axis=1)
+        drafter_pools = networks.drafter.read(features, pools.drafter, _place(slots, levels + 1, page_size))
+    drawn = own.drawn
+    committed = Committed(drawn.tokens, drawn.logprobs, _count(drawn.tokens, own.accepted, slots))
+    return committed, Pools(_moved(target, passed.pools, own.path, place), drafter_pools), _advance(slots, committed)
+
+
+def _draft(
+    networks: Networks, pools: Pools, slots: Slots, rows: int, page_size: int
+) -> tuple[Float[Array, "slots proposals dim"], PathSelector | None, Pools]:
+    """The drafter's hidden states of the `rows - 1` rows after the anchor, and what selects paths through them."""
+    drafter = networks.drafter
+    if drafter is None:
+        raise ValueError("proposals need a drafter")
+    block = block_tokens(slots.anchor, drafter.config, rows)
+    place = _place(slots, block.shape[1], page_size)
+    hidden, drafter_pools = drafter(networks.target.embed(block), pools.drafter, place)
+    selector = drafter.path if drafter.config.path_rank else None
+    return hidden[:, 1:rows], selector, dataclasses.replace(pools, drafter=drafter_pools)
+
+
+def _moved(
+    target: Decoder, pools: Sequence[KvPool], path: Int[Array, "slots turns"], place: Place
+) -> tuple[KvPool, ...]:
+    """The pools with the rows of the path at the front of the block, by table: those of a ring, and the others."""
+    moved = dict(enumerate(pools))
+    tables = [place.table(layer) for layer in target.config.own_layers]
+    for ring in sorted({ring for _, ring in tables}):
+        layers = [index for index, (_, in_ring) in enumerate(tables) if in_ring == ring]
+        arrays = [array for index in layers for array in pools[index]]
+        table = tables[layers[0]][0]
+        arrays = move_rows(arrays, path, table, place.starts, page_size=place.page_size, ring=ring)
+        moved.update(zip(layers, zip(arrays[::2], arrays[1::2], strict=True), strict=True))
+    return tuple(moved[index] for index in range(len(pools)))
 
 
 def _place(slots: Slots, rows: int, page_size: int) -> Place:
@@ -126,12 +198,9 @@ def _place(slots: Slots, rows: int, page_size: int) -> Place:
     return Place(slots.page_table, slots.length, positions, page_size, slots.ring_table)
 
 
-def _count(
-    own: Int[Array, "slots rows"], proposals: Int[Array, "slots proposals"], slots: Slots
-) -> Int[Array, " slots"]:
-    """How many of the target's own tokens are committed."""
-    agreeing = jnp.cumprod((own[:, :-1] == proposals).astype(jnp.int32), axis=1)
-    count = jnp.sum(agreeing, axis=1) + 1
+def _count(own: Int[Array, "slots rows"], accepted: Int[Array, " slots"], slots: Slots) -> Int[Array, " slots"]:
+    """How many of the target's own tokens are committed, given how many proposals it accepted."""
+    count = accepted + 1
     stops = jnp.any(own[:, :, None] == slots.stop_ids[:, None, :], axis=-1)  # [slots, rows]
     before_stop = jnp.cumprod(1 - stops.astype(jnp.int32), axis=1)
     count = jnp.minimum(count, jnp.sum(before_stop, axis=1) + 1)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.paged import pool_rows
 from pallas_kernels.residual_norm.reference import rms_norm, sum_of
 
 KvPool = tuple[Float[Array, "_tokens _kv_heads _head_dim"], Float[Array, "_tokens _kv_heads _head_dim"]]
@@ -144,12 +145,7 @@ def write_rows(
     """
     slots, rows = keys.shape[:2]
     index = starts[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]  # [slots, rows]
-    page_number = index // page_size
-    if ring:
-        page_number = page_number % page_table.shape[1]
-    inside = page_number < page_table.shape[1]
-    page = jnp.take_along_axis(page_table, jnp.where(inside, page_number, 0), axis=1)
-    target = jnp.where(inside, page * page_size + index % page_size, index % page_size).reshape(slots * rows)
+    target = pool_rows(index, page_table, page_size, ring=ring).reshape(slots * rows)
 
     # XLA turns a scatter of one row into an update that copies the whole pool (CPU, jax 0.10); the same row twice stays
     # in place.

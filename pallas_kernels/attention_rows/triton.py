@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention_rows.reference import HeadLayout, HeadNorms, Heads, KvPool, Tables
-from pallas_kernels.paged import why_not
+from pallas_kernels.paged import pool_row, why_not
 
 
 def attention_rows(
@@ -162,7 +162,7 @@ def _kernel(
 
     if stores:
         key_ref, value_ref = refs[-2:]
-        target = _target(table_ref, slot, starts_ref[slot] + row, page_size, ring)
+        target = pool_row(table_ref, slot, starts_ref[slot] + row, page_size, ring)
 
         @pl.when((head >= keys) & (head < values))
         def _() -> None:
@@ -171,11 +171,3 @@ def _kernel(
         @pl.when(head >= values)
         def _() -> None:
             store(value_ref, target, head - values)
-
-
-def _target(table_ref, slot, token, page_size: int, ring: bool):
-    """The pool's row for a token index."""
-    number, pages = jax.lax.div(token, page_size), table_ref.shape[1]
-    number = jax.lax.rem(number, pages) if ring else number
-    page = jnp.where(number < pages, table_ref[slot, jnp.minimum(number, pages - 1)], 0)
-    return page * page_size + jax.lax.rem(token, page_size)

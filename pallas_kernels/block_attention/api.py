@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention import mosaic, reference, triton
+from pallas_kernels.block_attention.ancestry import MOST_ROWS, Ancestry
 from pallas_kernels.paged import default_implementation, on_hopper
 
 IMPLEMENTATIONS = {"reference": reference, "triton": triton, "mosaic": mosaic}
@@ -16,6 +17,7 @@ def block_attention(
     value_pool: Float[Array, "tokens kv_heads D"],
     page_table: Int[Array, "B P"],
     starts: Int[Array, " B"],
+    tree: Ancestry | None = None,
     *,
     page_size: int,
     scale: float,
@@ -34,6 +36,10 @@ def block_attention(
     `(j // page_size) % P`, which must be the right one for all that the rows see. Softmax in f32 of `scale * q.k`; a
     row that sees nothing gives zeros. Pools hold finite numbers everywhere.
 
+    Rows that form a `tree` (MOST_ROWS at most) are stored in their order all the same. A row at depth d then has token
+    index `starts[b] + d`, and of the block's rows it sees itself and its ancestors only. Its result has the bits that
+    it would have in a chain of these.
+
     Queries are as wide as keys and values (Q = K = D). In the `compact` form a token's key is its K numbers followed
     by its D values (Q = K + D): for layers whose keys are, but for a few dims, what their values are.
 
@@ -43,6 +49,8 @@ def block_attention(
     _check(queries, key_pool, value_pool, page_size, compact)
     if ring and window is None:
         raise ValueError("a ring of pages holds no more than a window: give the window")
+    if tree is not None and not (causal and queries.shape[1] <= MOST_ROWS):
+        raise ValueError(f"rows of a tree are causal and {MOST_ROWS} at most, got {queries.shape[1]}, causal {causal}")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise NotImplementedError(
             f"block_attention has no implementation {implementation!r}: use one of {tuple(IMPLEMENTATIONS)}"
@@ -50,7 +58,7 @@ def block_attention(
     if implementation is None:
         implementation = default_implementation(page_size, key_pool.shape[2], value_pool.shape[2])
         options = {"page_size": page_size, "window": window, "causal": causal, "compact": compact}
-        if on_hopper() and mosaic.why_not(queries, key_pool, value_pool, **options) is None:
+        if on_hopper() and tree is None and mosaic.why_not(queries, key_pool, value_pool, **options) is None:
             implementation = "mosaic"
     return IMPLEMENTATIONS[implementation].block_attention(
         queries,
@@ -58,6 +66,7 @@ def block_attention(
         value_pool,
         page_table,
         starts,
+        tree,
         page_size=page_size,
         scale=scale,
         window=window,

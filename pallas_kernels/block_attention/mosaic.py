@@ -23,13 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.block_attention.combine import combine
 from pallas_kernels.online_softmax import LOWEST
 
 TILE = 64
 """Lines of a program: what the large matrix instruction of a warpgroup takes."""
 KEY_BLOCK = 64
-_HEAD_DIM, _HALF = 512, 256
+HEAD_DIM, _HALF = 512, 256
 _PROGRAMS = 132
 """One for each multiprocessor of an H100: shared memory holds no second one."""
 _MOST_SPLITS = 64
@@ -43,7 +44,7 @@ def why_not(
     rows, heads = queries.shape[1:3]
     kv_heads, head_dim = value_pool.shape[1:]
     group = heads // kv_heads
-    if head_dim != _HEAD_DIM or not compact or key_pool.shape[2] not in (64, 128):
+    if head_dim != HEAD_DIM or not compact or key_pool.shape[2] not in (64, 128):
         return f"takes compact keys of 64 or 128 and heads of 512, got {key_pool.shape[2]} and {head_dim}"
     if key_pool.dtype != jnp.bfloat16:
         return f"takes bf16, got {key_pool.dtype}"
@@ -63,6 +64,7 @@ def block_attention(
     value_pool: Float[Array, "tokens kv_heads D"],
     page_table: Int[Array, "B P"],
     starts: Int[Array, " B"],
+    tree: Ancestry | None = None,
     *,
     page_size: int,
     scale: float,
@@ -72,7 +74,9 @@ def block_attention(
     compact: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """See `api.block_attention`. Raises NotImplementedError for what `why_not` names."""
+    """See `api.block_attention`. Raises NotImplementedError for trees and for what `why_not` names."""
+    if tree is not None:
+        raise NotImplementedError("block_attention on Mosaic takes rows that are a chain, got a tree")
     options = {"page_size": page_size, "window": window, "causal": causal, "compact": compact}
     if ring or (reason := why_not(queries, key_pool, value_pool, **options)):
         raise NotImplementedError(f"block_attention on Mosaic {'takes no ring of pages' if ring else reason}")
@@ -101,7 +105,7 @@ def block_attention(
     mixed, highest, total = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((*shape, _HEAD_DIM), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, HEAD_DIM), jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
         ],
@@ -110,7 +114,7 @@ def block_attention(
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
-            shared(TILE, key_dim + _HEAD_DIM),
+            shared(TILE, key_dim + HEAD_DIM),
             shared(_KEY_SLOTS, KEY_BLOCK, key_dim),
             shared(_VALUE_SLOTS, KEY_BLOCK, _HALF),
             plgpu.Barrier(num_arrivals=TILE // group),

@@ -10,12 +10,17 @@ jitted by itself, the kernel is lowered once for all layers of a shape.
 
     grid (slots * splits, kv_heads, tiles)   q tile [lines, D] stays in registers
       for each block of the split            K block [BLOCK, D] -> scores -> running maximum and sum -> V block
+
+Rows of a tree have their ancestors at other places than a chain has its rows, and sums over other places have other
+bits. So the splits that own blocks where the tree is stored (two, as a rule) have a program per row instead of one per
+tile, which reads the row's ancestors in the order of a chain.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -24,9 +29,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.block_attention.combine import combine
-from pallas_kernels.online_softmax import LEAST_TILE, add_keys, no_sums, precision_of
-from pallas_kernels.paged import why_not
+from pallas_kernels.online_softmax import LEAST_TILE, Sums, add_keys, no_sums, precision_of
+from pallas_kernels.paged import pool_row, why_not
 from pallas_kernels.tuning import tuned
 
 TUNED = Path(__file__).with_name("tuned.json")
@@ -34,6 +40,8 @@ _MOST_SPLITS = 64
 """Splits that are worth putting together."""
 CHUNK = 128
 """From so many lines per KV head on it is a chunk of a prompt, and not a step."""
+_STEP_ROWS = 16
+"""A tree is cut as a step of so many rows is, so that rows of both have the same bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +98,7 @@ def block_attention(
     value_pool: Float[Array, "tokens kv_heads D"],
     page_table: Int[Array, "B P"],
     starts: Int[Array, " B"],
+    tree: Ancestry | None = None,
     *,
     page_size: int,
     scale: float,
@@ -106,14 +115,16 @@ def block_attention(
     group = heads // kv_heads
     if reason := why_not(page_size, key_pool.shape[2], head_dim):
         raise NotImplementedError(f"block_attention on Triton {reason}")
-    config = config or config_for(rows * group, key_pool.shape[2], head_dim, key_pool.dtype.itemsize)
-    tile = min(config.tile, max(LEAST_TILE, pl.next_power_of_2(rows * group)))
+    alike = rows if tree is None else _STEP_ROWS
+    config = config or config_for(alike * group, key_pool.shape[2], head_dim, key_pool.dtype.itemsize)
+    tile = min(config.tile, max(LEAST_TILE, pl.next_power_of_2(alike * group)))
     tiles = -(-rows * group // tile)
     # f32 takes twice the shared memory of bf16.
     key_block = min(config.key_block * 2 // key_pool.dtype.itemsize, page_size)
-    splits = _splits(config.programs // (batch * kv_heads * tiles), page_table.shape[1] * page_size // key_block)
+    programs = batch * kv_heads * -(-alike * group // tile)
+    splits = _splits(config.programs // programs, page_table.shape[1] * page_size // key_block)
     kernel = functools.partial(
-        _kernel,
+        _kernel if tree is None else _tree_kernel,
         rows=rows,
         group=group,
         tile=tile,
@@ -133,17 +144,18 @@ def block_attention(
     sums_spec = pl.BlockSpec(
         (None, None, None, tile), lambda place, head, t: (place % splits, place // splits, head, t)
     )
+    mixed_spec = pl.BlockSpec(
+        (None, None, None, tile, head_dim), lambda place, head, t: (place % splits, place // splits, head, t, 0)
+    )
+    grid, nodes = (batch * splits, kv_heads, tiles), ()
+    if tree is not None:
+        by_row = min(splits, -(-(rows - 1) // key_block) + 1) * rows * -(-group // tile)
+        grid, nodes = (batch, kv_heads, splits * tiles + by_row), (tree.depths, tree.sees)
     mixed, highest, total = pl.pallas_call(
         kernel,
-        grid=(batch * splits, kv_heads, tiles),
-        in_specs=[whole] * 5,
-        out_specs=[
-            pl.BlockSpec(
-                (None, None, None, tile, head_dim), lambda place, head, t: (place % splits, place // splits, head, t, 0)
-            ),
-            sums_spec,
-            sums_spec,
-        ],
+        grid=grid,
+        in_specs=[whole] * (5 + len(nodes)),
+        out_specs=[mixed_spec, sums_spec, sums_spec] if tree is None else [whole] * 3,
         out_shape=[
             jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -152,7 +164,7 @@ def block_attention(
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="block_attention",
-    )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts)
+    )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts, *nodes)
     if splits > 1:
         return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
     mixed = mixed[0] / jnp.where(total == 0.0, 1.0, total)[0][..., None]
@@ -199,7 +211,6 @@ def _kernel(
     key_dim = key_ref.shape[2]
     query = _lines(query_ref, slot, of_line, 0, key_dim)
     value_query = _lines(query_ref, slot, of_line, key_dim, value_ref.shape[2]) if compact else None
-    precision = precision_of(query)
     token = start + jnp.expand_dims(row, keys_axis)  # [tile, 1], or [1, tile] with the keys first
     last_token = start + jnp.minimum((index * tile + tile - 1) // group, rows - 1)
     first_token = start + index * tile // group
@@ -211,29 +222,23 @@ def _kernel(
     begin = begin + jax.lax.rem(split + splits - jax.lax.rem(begin, splits), splits)  # the split's first one from there
     visits = jax.lax.div(jnp.maximum(end - begin, 0) + splits - 1, splits)
 
-    def meet(lines, keys):
-        first, second = (lines, keys) if keys_axis else (keys, lines)
-        return plt.dot(first, second, trans_b=True, precision=precision)
-
-    def visit(turn, state):
-        place = (begin + turn * splits) * key_block
+    def load(place):
         number = jax.lax.div(place, page_size)
         page = table_ref[slot, jax.lax.rem(number, num_pages) if ring else number]
         at = pl.ds(page * page_size + jax.lax.rem(place, page_size), key_block)
-        key = plt.load(key_ref.at[at, head, :])
-        value = plt.load(value_ref.at[at, head, :])
-        scores = meet(query, key)  # [tile, key_block], or the keys first
-        if value_query is not None:
-            scores += meet(value_query, value)
-        scores = scores * scale
-        key_token = place + jnp.expand_dims(jnp.arange(key_block, dtype=jnp.int32), 1 - keys_axis)
-        seen = key_token <= last_seen
-        if window is not None:
-            seen &= token - key_token < window
-        return add_keys(state, scores, seen, value, keys_axis=keys_axis)
+        return plt.load(key_ref.at[at, head, :]), plt.load(value_ref.at[at, head, :])
 
-    nothing = no_sums(tile, mixed_ref.shape[-1], keys_axis=keys_axis)
-    highest, total, mixed = jax.lax.fori_loop(0, visits, visit, nothing)
+    highest, total, mixed = _over_keys(
+        (query, value_query),
+        load,
+        (begin, visits, splits),
+        token=token,
+        last_seen=last_seen,
+        key_block=key_block,
+        scale=scale,
+        window=window,
+        keys_axis=keys_axis,
+    )
     mixed_ref[...] = mixed if keys_axis else mixed.T
     highest_ref[...] = highest.reshape(tile)
     total_ref[...] = total.reshape(tile)
@@ -245,3 +250,162 @@ def _lines(query_ref, slot, of_line, first: int, width: int):
     column = jnp.broadcast_to(first + jnp.arange(width, dtype=jnp.int32)[None, :], shape)
     row, head = (jnp.broadcast_to(each[:, None], shape) for each in of_line)
     return plt.load(query_ref.at[jnp.broadcast_to(slot, shape), row, head, column])
+
+
+def _over_keys(
+    queries: tuple[Array, Array | None],
+    load: Callable[[Array], tuple[Array, Array]],
+    blocks: tuple[Array, Array, int],
+    *,
+    token: Array,
+    last_seen: Array,
+    key_block: int,
+    scale: float,
+    window: int | None,
+    keys_axis: int,
+) -> Sums:
+    """The sums of lines at these tokens over blocks of keys: first number, how many, step.
+
+    `queries` meet keys and, in the compact form, values; `load` gives both for the block that begins at a token.
+    """
+    query, value_query = queries
+    begin, visits, step = blocks
+    precision = precision_of(query)
+    tile, width = query.shape[0], query.shape[1] if value_query is None else value_query.shape[1]
+
+    def meet(lines, keys):
+        first, second = (lines, keys) if keys_axis else (keys, lines)
+        return plt.dot(first, second, trans_b=True, precision=precision)
+
+    def visit(turn, state):
+        place = (begin + turn * step) * key_block
+        key, value = load(place)
+        scores = meet(query, key)  # [tile, key_block], or the keys first
+        if value_query is not None:
+            scores += meet(value_query, value)
+        scores = scores * scale
+        key_token = place + jnp.expand_dims(jnp.arange(key_block, dtype=jnp.int32), 1 - keys_axis)
+        seen = key_token <= last_seen
+        if window is not None:
+            seen &= token - key_token < window
+        return add_keys(state, scores, seen, value, keys_axis=keys_axis)
+
+    return jax.lax.fori_loop(0, visits, visit, no_sums(tile, width, keys_axis=keys_axis))
+
+
+def _tree_kernel(
+    query_ref,
+    key_ref,
+    value_ref,
+    table_ref,
+    starts_ref,
+    depths_ref,
+    sees_ref,
+    mixed_ref,
+    highest_ref,
+    total_ref,
+    *,
+    rows: int,
+    group: int,
+    tile: int,
+    splits: int,
+    key_block: int,
+    page_size: int,
+    num_pages: int,
+    scale: float,
+    window: int | None,
+    causal: bool,
+    ring: bool,
+    compact: bool,
+    keys_axis: int,
+) -> None:
+    """As `_kernel`, for rows of a tree; those are causal."""
+    slot, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    start, tiles, parts = starts_ref[slot], -(-rows * group // tile), -(-group // tile)
+    key_dim, width = key_ref.shape[2], value_ref.shape[2]
+    first_seen = jnp.int32(0) if window is None else jnp.maximum(start - (window - 1), 0)
+    first_block = jax.lax.div(first_seen, key_block)
+    tree_block, last_block = jax.lax.div(start, key_block), jax.lax.div(start + rows - 1, key_block)
+
+    def from_block(number, split):
+        """The split's first block from there on."""
+        return number + jax.lax.rem(split + splits - jax.lax.rem(number, splits), splits)
+
+    def attend(split, row, of_group, depth, end, load, line, valid):
+        """Stores the sums of lines (their rows, and heads of the group) over the split's blocks up to `end`."""
+        of_line = (row, head * group + of_group)
+        query = _lines(query_ref, slot, of_line, 0, key_dim)
+        value_query = _lines(query_ref, slot, of_line, key_dim, width) if compact else None
+        token = start + jnp.expand_dims(depth, keys_axis)
+        begin = from_block(first_block, split)
+        visits = jax.lax.div(jnp.maximum(end - begin, 0) + splits - 1, splits)
+        highest, total, mixed = _over_keys(
+            (query, value_query),
+            load,
+            (begin, visits, splits),
+            token=token,
+            last_seen=token,
+            key_block=key_block,
+            scale=scale,
+            window=window,
+            keys_axis=keys_axis,
+        )
+        where = [jnp.full_like(line, each) for each in (split, slot, head)]
+        for ref, values in ((highest_ref, highest), (total_ref, total)):
+            plt.store(ref.at[(*where, line)], values.reshape(tile), mask=valid)
+        shape = (tile, width)
+        where = [jnp.broadcast_to(each[:, None], shape) for each in (*where, line)]
+        column = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], shape)
+        mask = jnp.broadcast_to(valid[:, None], shape)
+        plt.store(mixed_ref.at[(*where, column)], mixed if keys_axis else mixed.T, mask=mask)
+
+    split = jax.lax.div(index, tiles)
+
+    @pl.when((split < splits) & (from_block(tree_block, split) > last_block))
+    def _() -> None:
+        """A tile of lines, in a split that has keys before the tree only."""
+        line = jax.lax.rem(index, tiles) * tile + jnp.arange(tile, dtype=jnp.int32)
+        inside = jnp.minimum(line, rows * group - 1)
+        row = jax.lax.div(inside, group)
+        depth = plt.load(depths_ref.at[jnp.full_like(row, slot), row])
+
+        def load(place):
+            number = jax.lax.div(place, page_size)
+            page = table_ref[slot, jax.lax.rem(number, num_pages) if ring else number]
+            at = pl.ds(page * page_size + jax.lax.rem(place, page_size), key_block)
+            return plt.load(key_ref.at[at, head, :]), plt.load(value_ref.at[at, head, :])
+
+        attend(split, row, jax.lax.rem(inside, group), depth, tree_block, load, line, line < rows * group)
+
+    rest = index - splits * tiles
+    block = tree_block + jax.lax.div(rest, rows * parts)
+
+    @pl.when((rest >= 0) & (block <= last_block))
+    def _() -> None:
+        """One row's lines, in the split that owns this block of the tree."""
+        node, part = jax.lax.div(jax.lax.rem(rest, rows * parts), parts), jax.lax.rem(rest, parts)
+        number = part * tile + jnp.arange(tile, dtype=jnp.int32)
+        of_group, row = jnp.minimum(number, group - 1), jnp.full_like(number, node)
+        depth = plt.load(depths_ref.at[jnp.full_like(row, slot), row])
+        others = jnp.arange(pl.next_power_of_2(rows), dtype=jnp.int32)
+        seen = jax.lax.shift_right_logical(jnp.full_like(others, sees_ref[slot, node].astype(jnp.int32)), others) & 1
+        inside = jnp.minimum(others, rows - 1)
+        depths = jnp.where(seen == 1, plt.load(depths_ref.at[jnp.full_like(inside, slot), inside]), -1)
+
+        def load(place):
+            token = place + jnp.arange(key_block, dtype=jnp.int32)
+            ancestor = depths[None, :] == (token - start)[:, None]
+            stored = start + jnp.sum(jnp.where(ancestor, others[None, :], 0), axis=1)
+            stored = jnp.where(token < start, token, stored)
+            at = pool_row(table_ref, jnp.full_like(stored, slot), stored, page_size, ring)
+
+            def gathered(ref):
+                shape = (key_block, ref.shape[2])
+                column = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape)
+                return plt.load(ref.at[jnp.broadcast_to(at[:, None], shape), jnp.full(shape, head), column])
+
+            return gathered(key_ref), gathered(value_ref)
+
+        end = jax.lax.div(start + depths_ref[slot, node], key_block) + 1
+        line = node * group + number
+        attend(jax.lax.rem(block, splits), row, of_group, depth, end, load, line, number < group)

@@ -15,6 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pallas_kernels.block_attention import api as block_attention
 from pallas_kernels.block_attention import mosaic as attention_mosaic
 from pallas_kernels.block_attention import triton as attention_triton
+from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.cases import (
     LARGE_ATTENTION,
     LARGE_SCORING,
@@ -47,7 +48,7 @@ def tolerance(dtype: str) -> float:
 
 
 def dense_attention(case: AttentionCase) -> np.ndarray:
-    (queries, key_pool, value_pool, table, starts), _ = case.arguments()
+    (queries, key_pool, value_pool, table, starts, *trees), _ = case.arguments()
     queries, key_pool, value_pool = (np.asarray(x, np.float64) for x in (queries, key_pool, value_pool))
     out = np.zeros((*queries.shape[:3], case.head_dim))
     key_pool = key_pool if case.key_dim is None else np.concatenate([key_pool, value_pool], axis=-1)
@@ -56,10 +57,14 @@ def dense_attention(case: AttentionCase) -> np.ndarray:
         number, offset = np.divmod(np.arange(start + case.rows), case.page_size)
         place = np.asarray(table)[slot, number % case.pages] * case.page_size + offset
         for row in range(case.rows):
-            token = start + row
-            keys = np.arange(token + 1 if case.causal else start + case.rows)
+            keys = np.arange(start + row + 1 if case.causal else start + case.rows)
+            tokens, token = keys, start + row  # where keys and the row stand in the text
+            for tree in trees:
+                ancestors = np.flatnonzero(int(tree.sees[slot, row]) >> np.arange(case.rows) & 1)
+                keys = np.concatenate([np.arange(start), start + ancestors])
+                tokens, token = np.arange(len(keys)), len(keys) - 1
             if case.window is not None:
-                keys = keys[token - keys < case.window]
+                keys = keys[token - tokens < case.window]
             for head in range(case.heads):
                 k, v = key_pool[place[keys], head // group], value_pool[place[keys], head // group]
                 scores = k @ queries[slot, row, head] * case.head_dim**-0.5
@@ -110,6 +115,62 @@ def test_a_row_does_not_depend_on_its_neighbours(implementation: str) -> None:
     attend = jax.jit(functools.partial(ATTENTION[implementation], **keywords))
     changed = queries.at[:, 7:].set(100.0).at[1].set(-3.0)
     assert np.array_equal(attend(queries, *rest)[0, :7], attend(changed, *rest)[0, :7])
+
+
+@pytest.mark.parametrize("implementation", ATTENTION)
+def test_a_tree_that_is_a_chain_has_the_bits_of_a_block(implementation: str) -> None:
+    (queries, *rest), keywords = AttentionCase("block", (150, 7), 16, 4, 2, 32, 16, 16, window=20).arguments()
+    depths = jnp.tile(jnp.arange(16, dtype=jnp.int32), (2, 1))
+    chain = Ancestry(depths, jnp.left_shift(jnp.uint32(2), depths.astype(jnp.uint32)) - 1)
+    attend = ATTENTION[implementation]
+    assert np.array_equal(attend(queries, *rest, chain, **keywords), attend(queries, *rest, **keywords))
+
+
+@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize(
+    "name", ["tree", "tree, many splits", "tree, window smaller than its depth", "tree in a ring", "compact tree"]
+)
+def test_a_node_has_the_bits_of_a_chain_of_its_ancestors(name: str, implementation: str) -> None:
+    case = next(case for case in SMALL_ATTENTION if case.name == name)
+    (queries, keys, values, table, starts, tree), keywords = case.arguments()
+    attend = jax.jit(functools.partial(ATTENTION[implementation], **keywords))
+    of_tree = np.asarray(attend(queries, keys, values, table, starts, tree))
+
+    def place(token: int) -> int:
+        number, offset = divmod(token, case.page_size)
+        return int(table[0, number % case.pages]) * case.page_size + offset
+
+    for node in range(case.rows):
+        chain = np.flatnonzero(int(tree.sees[0, node]) >> np.arange(case.rows) & 1)
+        source = jnp.asarray([place(int(starts[0]) + int(row)) for row in chain])
+        target = jnp.asarray([place(int(starts[0]) + depth) for depth in range(len(chain))])
+        moved = [pool.at[target].set(pool[source]) for pool in (keys, values)]
+        in_order = queries.at[0, : len(chain)].set(queries[0, chain])
+        of_chain = np.asarray(attend(in_order, *moved, table, starts))
+        assert np.array_equal(of_tree[0, node], of_chain[0, len(chain) - 1])
+
+
+@pytest.mark.parametrize("implementation", ATTENTION)
+def test_a_node_does_not_depend_on_what_it_does_not_see(implementation: str) -> None:
+    case = next(case for case in SMALL_ATTENTION if case.name == "tree")
+    (queries, keys, values, table, starts, tree), keywords = case.arguments()
+    attend = jax.jit(functools.partial(ATTENTION[implementation], **keywords))
+    before = np.asarray(attend(queries, keys, values, table, starts, tree))
+    for node in (3, case.rows - 1):
+        number, offset = divmod(int(starts[0]) + node, case.page_size)
+        place = int(table[0, number]) * case.page_size + offset
+        changed = attend(queries, keys.at[place].set(9.0), values.at[place].set(9.0), table, starts, tree)
+        sees = np.asarray(tree.sees)[0] >> node & 1 == 1
+        assert np.array_equal(before[0, ~sees], np.asarray(changed)[0, ~sees])
+        assert not np.array_equal(before[0, node], np.asarray(changed)[0, node])
+
+
+@pytest.mark.parametrize(("rows", "causal"), [(8, False), (33, True)])
+def test_trees_that_cannot_be_are_refused(rows: int, causal: bool) -> None:
+    positional, keywords = AttentionCase("", (3,), rows, 2, 1, 16, 16, 3, causal=causal).arguments()
+    nodes = jnp.zeros((1, rows), jnp.int32)
+    with pytest.raises(ValueError, match=f"causal and 32 at most, got {rows}, causal {causal}"):
+        block_attention.block_attention(*positional, Ancestry(nodes, nodes.astype(jnp.uint32)), **keywords)
 
 
 @pytest.mark.parametrize("implementation", ATTENTION)

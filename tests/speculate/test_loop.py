@@ -33,7 +33,7 @@ def target() -> Decoder:
     return tiny_target()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), static_argnames="rows", donate_argnums=(4,))
+@functools.partial(jax.jit, static_argnums=(0, 2), static_argnames=("rows", "tree"), donate_argnums=(4,))
 def _visit(
     target_graph: Any,
     target_state: Any,
@@ -45,6 +45,7 @@ def _visit(
     max_steps: jax.Array,
     *,
     rows: int,
+    tree: bool,
 ) -> tuple[Visit, Pools, Slots]:
     """A visit, compiled once per kind of drafter and number of rows."""
     drafter = nnx.merge(drafter_graph, drafter_state)
@@ -59,6 +60,7 @@ def _visit(
         rows=rows,
         capacity=3 * rows,
         page_size=PAGE_SIZE,
+        tree=tree,
     )
 
 
@@ -73,6 +75,7 @@ def answer(
     max_steps: int = 3,
     first_position: int | None = None,
     prompt: np.ndarray = PROMPT,
+    tree: bool = False,
 ) -> tuple[list[int], int]:
     """Token ids and steps of an answer; the host looks every `max_steps` steps."""
     networks = Networks(target, drafter)
@@ -107,7 +110,7 @@ def answer(
     steps = 0
     while bool(slots.live[0]):
         visit, pools, slots = _visit(
-            *nnx.split(target), *nnx.split(drafter), pools, slots, parameters, np.int32(max_steps), rows=rows
+            *nnx.split(target), *nnx.split(drafter), pools, slots, parameters, np.int32(max_steps), rows=rows, tree=tree
         )
         ids += np.asarray(visit.tokens)[0, : int(visit.count[0])].tolist()
         steps += int(visit.steps)

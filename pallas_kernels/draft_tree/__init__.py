@@ -1,0 +1,1 @@
+"""The likeliest paths through a block, as a tree."""

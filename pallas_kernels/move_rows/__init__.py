@@ -1,0 +1,1 @@
+"""Rows of paged pools that move to the front of their block."""
