@@ -95,11 +95,11 @@ _model = click.argument("model", required=False, type=_FILE)
 _drafter = click.option("--drafter", type=_FILE, help="The model that proposes blocks.")
 _tree = click.option(
     "--tree",
-    type=click.IntRange(2, 32),
+    type=click.IntRange(0, 32),
     is_flag=False,
     flag_value=16,
     metavar="ROWS",
-    help="Verify a tree of so many rows (16 without a number) instead of a chain of proposals.",
+    help="Verify a tree of so many rows (16 without a number) or a chain of proposals (0); by default GPUs take trees.",
 )
 _scoring_options = _options(
     click.option(

@@ -20,8 +20,10 @@ DEVICES = {"cpu": "2 CPU cores", "h100": "H100"}
 
 def main() -> None:
     fill(ROOT / "README.md", [*prefill(), "", *decode(), "", *steps()])
-    fill(ROOT / "docs" / "training.md", [*drafting(), "", *by_context()])
-    fill(ROOT / "docs" / "kernels.md", [*checks(), "", *matmuls(), "", *whole_steps(), "", *shares()])
+    fill(ROOT / "docs" / "training.md", [*drafting(), "", *by_context(), "", *recipes()])
+    fill(
+        ROOT / "docs" / "kernels.md", [*checks(), "", *wide_heads(), "", *matmuls(), "", *whole_steps(), "", *shares()]
+    )
 
 
 def fill(file: Path, lines: list[str]) -> None:
@@ -65,12 +67,13 @@ def decode() -> list[str]:
 def drafting() -> list[str]:
     """Accept lengths and rates of each set of prompts."""
     lines = [
-        "| drawn at | prompts | accept length | plain tokens/s | DFlash tokens/s | tokens equal |",
+        "| rows, drawn at | prompts | accept length | plain tokens/s | DFlash tokens/s | tokens equal |",
         "|---|---|---|---|---|---|",
     ]
     for file in sorted(RESULTS.glob("h100-smollm2-decode*.json"), key=lambda file: (len(file.stem), file.stem)):
         report = read(file.name)
-        name = f"temperature {report['temperature']}"
+        form = "tree of 16" if report.get("tree") else "chain of 16"
+        name = f"{form}, temperature {report['temperature']}"
         for prompts, row in {**report["sets"], "all": report["total"]}.items():
             lines.append(
                 f"| {name} | {prompts} | {row['accept_length']:.2f} | {row['tok_s_plain']:.0f} "
@@ -113,14 +116,40 @@ def steps() -> list[str]:
 
 
 def checks() -> list[str]:
-    report = read("h100-gpu-check.json")
-    lines = ["| operation | case | error | time | XLA reference | floor |", "|---|---|---|---|---|---|"]
-    for row in report["rows"]:
+    """What gpu_check measured, and attention as `bench kernels` measured it later."""
+    later = read("h100-attention.json")["rows"]
+    measured = {(row["operation"], row["case"]) for row in later}
+    rows = [
+        *later,
+        *(row for row in read("h100-gpu-check.json")["rows"] if (row["operation"], row["case"]) not in measured),
+    ]
+    lines = ["| operation | case | kernel | error | time | XLA reference | floor |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
         if row["floor_us"] and row["floor_us"] > 1:
             lines.append(
-                f"| `{row['operation']}` | {row['case']} | {row['relative_error']:.1e} | {row['us']:.0f} µs "
-                f"| {row['us_reference']:.0f} µs | {row['floor_us']:.1f} µs |"
+                f"| `{row['operation']}` | {row['case']} | {row.get('kernel', 'triton')} | {row['relative_error']:.1e} "
+                f"| {row['us']:.0f} µs | {row['us_reference']:.0f} µs | {row['floor_us']:.1f} µs |"
             )
+    return lines
+
+
+def wide_heads() -> list[str]:
+    """Both kernels for heads of 512."""
+    lines = ["| heads of 512, kernel alone | Triton | Mosaic | floor | of the limit |", "|---|---|---|---|---|"]
+    for row in read("h100-attention-512.json")["rows"]:
+        share = f"{100 * row['floor_us'] / row['mosaic_us']:.0f} %"
+        times = " | ".join(f"{row[key]:.0f} µs" for key in ("triton_us", "mosaic_us", "floor_us"))
+        lines.append(f"| {row['case']} | {times} | {share} |")
+    return lines
+
+
+def recipes() -> list[str]:
+    """What differed in one thing each, after the same number of steps."""
+    rows = [row for row in read("h100-recipes.json")["rows"] if "error" not in row]
+    steps = {row["steps"] for row in rows}
+    lines = [f"| recipe, {', '.join(map(str, steps))} steps from nothing | accept length, held out |", "|---|---|"]
+    for row in sorted(rows, key=lambda row: -row["held_out_accept_length"]):
+        lines.append(f"| {row['recipe']} | {row['held_out_accept_length']:.2f} |")
     return lines
 
 

@@ -37,7 +37,7 @@ def run(
     Both run prompt by prompt, one after the other, so that a busy machine slows both alike. Rates are tokens of the
     answer over seconds after prefill; totals, of each file of prompts and of all, are all tokens over all seconds.
     `limit` takes the first prompts of each file; `dflash` is "on", or "auto" as when serving: only while it pays.
-    With a `tree` DFlash verifies so many rows as a tree.
+    With a `tree` DFlash verifies so many rows as a tree, with 0 a chain.
     """
     check_plot(plot)
     chats = [(file.stem if file else "own", chat) for file in prompts or (None,) for chat in read_prompts(file)[:limit]]
@@ -58,7 +58,7 @@ def run(
         **environment(),
         "model": loaded.model_id,
         "temperature": temperature,
-        "tree": tree,
+        "tree": loaded.profile.with_tree(tree, loaded.target.config).tree,
         "rows": [row for row, _, _ in rows],
         "sets": {
             name: _total([row for row in rows if row[0]["set"] == name]) for name in dict.fromkeys(n for n, _ in chats)

@@ -90,10 +90,10 @@ def run(
 ) -> dict[str, Any]:
     """Times plain steps and blocks (draft and verify) at each context, prints a table, returns the report.
 
-    The rows of a block are a chain, or a `tree` of so many.
+    The rows of a block are a `tree` of so many or, with 0, a chain; None is what an engine does.
     """
     config = from_hf(TARGETS[shape])
-    profile = profile_for_device().with_tree(tree)
+    profile = profile_for_device().with_tree(tree, config)
     with progress_bar() as progress:
         progress("random weights", 0, 0)
         target = Decoder(config, _parameters(target_parameters(config), "w4"), dtype=profile.dtype)
@@ -119,7 +119,7 @@ def run(
             progress(f"context {context}", len(rows), len(contexts))
             rows.append(_row(programs, config, context, sizes))
     model = f"{shape} and drafter, random w4 weights"
-    report = {**environment(), "model": model, "tree": tree, "rows": rows}
+    report = {**environment(), "model": model, "tree": profile.tree, "rows": rows}
     _print(report)
     write(json_file, report)
     return report

@@ -45,8 +45,6 @@ from dflash_jax.engine.runner import Runner
 from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.decoder import Decoder
 from dflash_jax.speculate.pace import StepTimes
-from pallas_kernels.block_attention import mosaic
-from pallas_kernels.paged import on_hopper
 
 _END_TOKENS = 16
 
@@ -85,7 +83,9 @@ class Engine:
     ) -> None:
         if keep_ratio is not None and not 0 < keep_ratio <= 1:
             raise ValueError(f"keep ratio {keep_ratio} is not in (0, 1]: give the fraction of prompt tokens to keep")
-        model = dataclasses.replace(model, profile=_profile(model, tree))
+        model = dataclasses.replace(model, profile=model.profile.with_tree(tree, model.target.config))
+        if tree and not model.profile.tree:
+            _warn("trees are off: on this card layers with heads of 512 run a kernel that takes chains only")
         target, scorer, profile = model.target, model.scorer, model.profile
         if dflash == "on" and model.drafter is None:
             _warn("DFlash is on but there is no drafter, so that nothing is drafted: name one (--drafter)")
@@ -329,16 +329,6 @@ def _context_length(asked: int | None, config: ModelConfig) -> int:
 def _pages(context_length: int, profile: Profile) -> int:
     """Of a sequence with that many tokens."""
     return -(-(context_length + QUESTION_ROWS + profile.block_rows[-1]) // profile.page_size)
-
-
-def _profile(model: Model, tree: int | None) -> Profile:
-    """The model's profile with a tree of so many rows, where trees and chains give a row the same bits."""
-    config = model.target.config
-    heads = {layer.head_dim for layer in config.layers if config.key_width(layer) < layer.head_dim}
-    if tree and on_hopper() and mosaic.HEAD_DIM in heads:
-        _warn(f"trees are off: on this card layers with heads of {mosaic.HEAD_DIM} run a kernel that takes chains only")
-        return model.profile
-    return model.profile.with_tree(tree)
 
 
 def _reserve(model: Model, context: int | None, sessions: int | None, *, drafts: bool, scores: bool) -> Reserved:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.ring import Ring, ring_of
+from pallas_kernels.block_attention import mosaic
 from pallas_kernels.block_attention.ancestry import MOST_ROWS
+from pallas_kernels.paged import on_hopper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +54,17 @@ class Profile:
             pages_per_sequence=pages_per_sequence,
         )
 
-    def with_tree(self, rows: int | None) -> Profile:
-        """Steps that draft verify a tree of so many rows; None: the profile as it is."""
-        if rows is None:
-            return self
-        if not 1 < rows <= MOST_ROWS:
-            raise ValueError(f"a tree of {rows} rows: give 2 to {MOST_ROWS}, the anchor's among them")
-        return dataclasses.replace(self, block_rows=(rows,), tree=True)
+    def with_tree(self, rows: int | None, config: ModelConfig) -> Profile:
+        """Steps that draft verify a tree of so many rows, a chain for less than two, or what the profile says for None.
+
+        It is a chain all the same for a model whose rows would not have the bits of a chain.
+        """
+        if rows is not None and not 0 <= rows <= MOST_ROWS:
+            raise ValueError(f"a tree of {rows} rows: give 2 to {MOST_ROWS}, the anchor's among them, or 0 for a chain")
+        wanted = self.tree if rows is None else rows > 1
+        if not wanted or (on_hopper() and _has_wide_heads(config)):
+            return dataclasses.replace(self, tree=False)
+        return dataclasses.replace(self, block_rows=(rows,) if rows else self.block_rows, tree=True)
 
     def chunk_for(self, remaining: int) -> int:
         """Rows of the next prefill pass when so many tokens remain."""
@@ -83,6 +89,7 @@ def profile_for_device() -> Profile:
             max_steps=16,
             visit_seconds=0.03,
             max_sessions=4,
+            tree=True,
         )
     return Profile(
         dtype=jnp.dtype(jnp.float32),
@@ -93,4 +100,11 @@ def profile_for_device() -> Profile:
         max_steps=16,
         visit_seconds=0.06,
         max_sessions=2,
+    )
+
+
+def _has_wide_heads(config: ModelConfig) -> bool:
+    """Whether layers run the kernel of Hopper cards that takes chains only."""
+    return any(
+        layer.head_dim == mosaic.HEAD_DIM and config.key_width(layer) < layer.head_dim for layer in config.layers
     )

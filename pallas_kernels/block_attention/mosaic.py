@@ -15,12 +15,13 @@ Splits, masks and results are those of triton.py; combine.py puts the splits tog
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.ancestry import Ancestry
@@ -101,7 +102,9 @@ def block_attention(
         scale=scale,
         interpret=interpret,
     )
-    how = {"interpret": _interpreter()} if interpret else {"compiler_params": plgpu.CompilerParams(approx_math=True)}
+    how: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
+    if interpret:
+        how = {"interpret": _interpreter()}
     mixed, highest, total = plgpu.kernel(
         kernel,
         out_type=[
@@ -135,12 +138,9 @@ def _splits(programs: int, blocks: int) -> int:
 
 
 def _interpreter() -> Any:
-    try:
-        return plgpu.InterpretGPUParams()
-    except AttributeError:  # jax 0.10
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-        return InterpretGPUParams()
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        raise NotImplementedError("block_attention on Mosaic is interpreted by jax 0.11 and later only")
+    return plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _kernel(
@@ -211,7 +211,7 @@ def _kernel(
                     plgpu.wgmma(scores_ref, queries.at[:, columns], values.at[halves[half]].T)
                 return scores_ref[...]
 
-            scores = pl.run_scoped(score, plgpu.ACC((TILE, KEY_BLOCK), jnp.float32)) * scale
+            scores = pl.run_scoped(score, ACC((TILE, KEY_BLOCK), jnp.float32)) * scale
             plgpu.barrier_arrive(keys_done.at[key_slot])
 
             @pl.when(warpgroup == 0)
@@ -240,7 +240,7 @@ def _kernel(
                 def mix(mixed_ref):
                     plgpu.wgmma(mixed_ref, narrow, values.at[mine])
 
-                mixed = pl.run_state(mix)(plgpu.ACC.init(mixed))
+                mixed = cast("Array", pl.run_state(mix)(ACC.init(mixed)))
             plgpu.barrier_arrive(values_done.at[mine])
             return new_highest, total, mixed
 
