@@ -414,7 +414,10 @@ class MoveRowsCase:
     dtype: str = "float32"
 
     def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments; a path leaves some rows out, and ends in rows that stay."""
+        """Positional and keyword arguments: the first pool comes by itself.
+
+        A path leaves some rows out, and ends in rows that stay.
+        """
         generator = np.random.default_rng(seed)
         slots, tokens = len(self.starts), (1 + len(self.starts) * self.pages) * self.page_size
         pools = [generator.standard_normal((tokens, *heads), np.float32) for heads in self.heads]
@@ -423,8 +426,10 @@ class MoveRowsCase:
         for slot in range(slots):
             taken = [0, *range(1 + slot, self.rows, 2 + slot)]
             path[slot, : len(taken)] = taken
+        first, *others = [jnp.asarray(pool, self.dtype) for pool in pools]
         positional = (
-            [jnp.asarray(pool, self.dtype) for pool in pools],
+            first,
+            others,
             jnp.asarray(path),
             jnp.asarray(table),
             jnp.asarray(self.starts, jnp.int32),

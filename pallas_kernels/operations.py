@@ -166,9 +166,14 @@ def nodes_of_tree(*arguments: Any, **keywords: Any) -> jax.Array:
     return jnp.stack([leaf.astype(jnp.float32) for leaf in leaves])
 
 
-def moved_rows(pools: Sequence[jax.Array], *arguments: Any, page_size: int, **keywords: Any) -> jax.Array:
-    """All numbers of the pools, one behind the other, but those of page 0, which may be anything."""
-    moved = move_rows(pools, *arguments, page_size=page_size, **keywords)
+def moved_rows(
+    first: jax.Array, others: Sequence[jax.Array], *arguments: Any, page_size: int, **keywords: Any
+) -> jax.Array:
+    """All numbers of the pools, one behind the other, but those of page 0, which may be anything.
+
+    Who keeps the pools, as a measurement does, pays for a copy of them too.
+    """
+    moved = move_rows([first, *others], *arguments, page_size=page_size, **keywords)
     return jnp.concatenate([pool[page_size:].reshape(-1) for pool in moved])
 
 

@@ -22,7 +22,8 @@ RUN = {
 @pytest.mark.parametrize("implementation", RUN)
 @pytest.mark.parametrize("case", SMALL_MOVE_ROWS, ids=lambda case: case.name)
 def test_what_was_on_the_path_is_at_the_front(case: MoveRowsCase, implementation: str) -> None:
-    (pools, path, table, starts), keywords = case.arguments()
+    (first, others, path, table, starts), keywords = case.arguments()
+    pools = [first, *others]
     expected = [np.array(pool) for pool in pools]
     for slot, start in enumerate(case.starts):
 
@@ -54,8 +55,8 @@ def test_lowers_for_cuda(case: MoveRowsCase) -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    (pools, *rest), keywords = MoveRowsCase("", (3,), 4, ((1, 24),), 16, 2).arguments()
+    (pool, _, *rest), keywords = MoveRowsCase("", (3,), 4, ((1, 24),), 16, 2).arguments()
     with pytest.raises(NotImplementedError, match="head_dim 24"):
-        api.move_rows(pools, *rest, **keywords, implementation="triton")
+        api.move_rows([pool], *rest, **keywords, implementation="triton")
     with pytest.raises(NotImplementedError, match="'scatter'"):
-        api.move_rows(pools, *rest, **keywords, implementation="scatter")
+        api.move_rows([pool], *rest, **keywords, implementation="scatter")
