@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from pallas_kernels.block_attention import api as block_attention
 from pallas_kernels.block_attention import mosaic as attention_mosaic
@@ -209,7 +209,7 @@ def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(rows: int) -> None:
 
 
 def lower(function: Any, arguments: tuple[Any, ...]) -> str:
-    mesh = AbstractMesh((1,), ("d",), abstract_device=H100)
+    mesh = AbstractMesh((1,), ("d",), axis_types=(AxisType.Auto,), abstract_device=H100)
     with use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
