@@ -93,9 +93,20 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
 
 _model = click.argument("model", required=False, type=_FILE)
 _drafter = click.option("--drafter", type=_FILE, help="The model that proposes blocks.")
+
+
+def _tree_rows(context: click.Context, parameter: click.Parameter, rows: int | None) -> int | None:
+    if rows == 1:
+        raise click.BadParameter(
+            "a tree has 2 rows at least, the anchor's among them; 0 is a chain", context, parameter
+        )
+    return rows
+
+
 _tree = click.option(
     "--tree",
     type=click.IntRange(0, 32),
+    callback=_tree_rows,
     is_flag=False,
     flag_value=16,
     metavar="ROWS",

@@ -107,7 +107,13 @@ def compare(
             profile = dataclasses.replace(model.profile, block_rows=rows)
             offering = dataclasses.replace(model, profile=profile)
             for kind, results in _drafted(offering, kinds, readable, answers, asked, options):
-                yield {"drafter": kind, "verify_rows": rows, **_row(plain, readable, answers, results, asked)}
+                tree = 0 if kind in SCRIPTED else profile.with_tree(options.get("tree"), model.target.config).tree_rows
+                yield {
+                    "drafter": kind,
+                    "verify_rows": rows,
+                    "tree": tree,
+                    **_row(plain, readable, answers, results, asked),
+                }
 
 
 def _drafted(
@@ -122,6 +128,7 @@ def _drafted(
         drafter = model.drafter if kind == "own" and model.drafter else _random(model)
         with _running(dataclasses.replace(model, drafter=drafter), dflash="on", **options) as engine:
             yield kind, [engine.generate(prompt, **asked) for prompt in prompts]
+    options = {**options, "tree": 0}  # a script has one path
     scripted = [kind for kind in kinds if kind in SCRIPTED]
     if not scripted:
         return
@@ -235,6 +242,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[], help="verify lengths, each alone; else the device's")
     parser.add_argument("--drafters", nargs="+", choices=KINDS, help="all of them if there are none")
     parser.add_argument("--ignore-eos", action="store_true")
+    parser.add_argument("--tree", type=int, help="rows of a tree, 0 for chains; the device's if it is not there")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     drafter = arguments.drafter or (None if arguments.model else checkpoints.default_drafter())
@@ -251,6 +259,7 @@ def main() -> None:
             kinds=kinds,
             lengths=[(rows,) for rows in arguments.rows],
             ignore_eos=arguments.ignore_eos,
+            tree=arguments.tree,
         ):
             rows.append({"weights": weights, **row})
             print(json.dumps(rows[-1]), flush=True)

@@ -72,7 +72,7 @@ def drafting() -> list[str]:
     ]
     for file in sorted(RESULTS.glob("h100-smollm2-decode*.json"), key=lambda file: (len(file.stem), file.stem)):
         report = read(file.name)
-        form = "tree of 16" if report.get("tree") else "chain of 16"
+        form = f"tree of {report['tree']}" if report.get("tree") else "chain of 16"
         name = f"{form}, temperature {report['temperature']}"
         for prompts, row in {**report["sets"], "all": report["total"]}.items():
             lines.append(

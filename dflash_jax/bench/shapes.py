@@ -119,7 +119,7 @@ def run(
             progress(f"context {context}", len(rows), len(contexts))
             rows.append(_row(programs, config, context, sizes))
     model = f"{shape} and drafter, random w4 weights"
-    report = {**environment(), "model": model, "tree": profile.tree, "rows": rows}
+    report = {**environment(), "model": model, "tree": profile.tree_rows, "rows": rows}
     _print(report)
     write(json_file, report)
     return report

@@ -44,6 +44,11 @@ class Profile:
         """Rows after a sequence's length that one visit to the device may write."""
         return self.max_steps * max(self.plain_rows, *self.block_rows) + self.block_rows[-1]
 
+    @property
+    def tree_rows(self) -> int:
+        """Rows of a tree; 0 for a chain."""
+        return self.block_rows[-1] if self.tree else 0
+
     def ring(self, config: ModelConfig, pages_per_sequence: int) -> Ring | None:
         """How a model's layers with a window are stored; None if they store all tokens as the others do."""
         return ring_of(
@@ -55,13 +60,13 @@ class Profile:
         )
 
     def with_tree(self, rows: int | None, config: ModelConfig) -> Profile:
-        """Steps that draft verify a tree of so many rows, a chain for less than two, or what the profile says for None.
+        """Steps that draft verify a tree of so many rows, a chain for 0, or what the profile says for None.
 
         It is a chain all the same for a model whose rows would not have the bits of a chain.
         """
-        if rows is not None and not 0 <= rows <= MOST_ROWS:
+        if rows is not None and (isinstance(rows, bool) or rows == 1 or not 0 <= rows <= MOST_ROWS):
             raise ValueError(f"a tree of {rows} rows: give 2 to {MOST_ROWS}, the anchor's among them, or 0 for a chain")
-        wanted = self.tree if rows is None else rows > 1
+        wanted = self.tree if rows is None else rows > 0
         if not wanted or (on_hopper() and _has_wide_heads(config)):
             return dataclasses.replace(self, tree=False)
         return dataclasses.replace(self, block_rows=(rows,) if rows else self.block_rows, tree=True)

@@ -390,6 +390,9 @@ def drafter_from_hf(config: Fields) -> DrafterConfig:
     taken = tuple(int(id) for id in target_layers or default_target_layers(num_target_layers or 0, count))
     if min(taken) < 0 or (num_target_layers is not None and max(taken) >= num_target_layers):
         raise ConfigError(f"{where}: target_layer_ids {list(taken)} for a target of {num_target_layers} layers")
+    block_size = int(config.get("block_size") or options.get("block_size") or 16)
+    if block_size < 2:
+        raise ConfigError(f"{where}: block_size is {block_size}: a block has an anchor and at least one token to draft")
     return DrafterConfig(
         hidden_size=hidden,
         num_heads=heads,
@@ -398,7 +401,7 @@ def drafter_from_hf(config: Fields) -> DrafterConfig:
         mlp_width=width,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=_flat_rope(config, where),
-        block_size=int(config.get("block_size") or options.get("block_size") or 16),
+        block_size=block_size,
         mask_id=mask_id,
         target_layers=taken,
         windows=tuple(int(window) if slides and window else None for slides in sliding),

@@ -60,7 +60,8 @@ def score_pairs(
 ) -> tuple[Int[Array, "slots rows K"], Float[Array, "slots rows K K"]]:
     """The candidates of each row, and what decides between them after each candidate of the row before.
 
-    Arguments are those of `choose_path`. The first row comes after the anchor alone, whatever the candidate before.
+    Arguments are those of `choose_path`. The first row comes after the anchor alone, whatever the candidate before. A
+    token that a row has twice among its candidates, as it may where the head leaves few, can be chosen once.
     """
     logits = target.project(hidden)
     if selector is None:
@@ -69,7 +70,8 @@ def score_pairs(
     else:
         candidates, scores = _pairs(target, selector, hidden, logits, anchor)
     count = candidates.shape[-1]
-    scores = lifted(scores, candidates, sampling, number)
+    again = jnp.any(jnp.tril(candidates[..., :, None] == candidates[..., None, :], -1), axis=-1)
+    scores = jnp.where(again[:, :, None], -jnp.inf, lifted(scores, candidates, sampling, number))
     return candidates, jnp.broadcast_to(scores, (*candidates.shape[:2], count, count))
 
 

@@ -47,8 +47,9 @@ def why_not(
     group = heads // kv_heads
     if head_dim != HEAD_DIM or not compact or key_pool.shape[2] not in (64, 128):
         return f"takes compact keys of 64 or 128 and heads of 512, got {key_pool.shape[2]} and {head_dim}"
-    if key_pool.dtype != jnp.bfloat16:
-        return f"takes bf16, got {key_pool.dtype}"
+    for pool in (key_pool, value_pool):
+        if pool.dtype != jnp.bfloat16:
+            return f"takes pools of bf16, got {pool.dtype}"
     if window is not None or not causal:
         return "takes causal attention without a window"
     if page_size % KEY_BLOCK:
@@ -127,7 +128,7 @@ def block_attention(
             plgpu.Barrier(num_arrivals=2, num_barriers=_VALUE_SLOTS),
         ],
         **how,
-    )(queries, key_pool, value_pool, page_table, starts)
+    )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts)
     return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
 
 

@@ -28,7 +28,8 @@ def draft_tree(
     of its candidate b after candidate a of the level before, of which the first level has the anchor alone (a = 0). A
     path is as likely as the sum of its scores, none of which is positive: a node's children are never likelier than
     itself, so the best open node is always the next one. Of equal ones the child of the earlier row is taken, then
-    the earlier candidate. A node at the last level has no children, and a score of -inf is no node.
+    the earlier candidate. A node at the last level has no children, and a score of -inf is no node:
+    candidates of a level that are the same token need it, all but one, or a parent has two children of one token.
     """
     if not 1 < rows <= MOST_ROWS:
         raise ValueError(f"rows is {rows}: a tree has between 2 and {MOST_ROWS}, the anchor's among them")

@@ -74,7 +74,7 @@ def test_answers_end_at_the_windows_end() -> None:
     assert found[0].stats.dflash.accept_length > 4
 
 
-@pytest.mark.parametrize("rows", [-1, 33])
+@pytest.mark.parametrize("rows", [-1, 1, True, 33])
 def test_sizes_that_make_no_sense_are_refused(rows: int) -> None:
     with pytest.raises(ValueError, match=f"a tree of {rows} rows: give 2 to 32"):
         Engine(tiny_model(tiny_drafter()), tree=rows)

@@ -217,3 +217,12 @@ def test_same_tokens_in_every_family(goldens: Path, name: str) -> None:
     assert ids == plain
     if checkpoint.config.tied_embeddings and checkpoint.config.final_softcap is None:  # as the drafter expects
         assert steps <= 7  # a chain takes 10
+
+
+@pytest.mark.parametrize("allowed", [5, 7])
+def test_fewer_tokens_than_a_row_has_candidates(allowed: int) -> None:
+    """Some of a row's candidates are the same token then, which must not become two children of one node."""
+    target = tiny_target()
+    target.config = dataclasses.replace(target.config, suppressed_ids=tuple(range(allowed, VOCABULARY)))
+    drafter = tiny_drafter(3, dataclasses.replace(DRAFTER, path_rank=8))
+    assert answer(target, drafter, 20, tree=True)[0] == answer(target, None, 20, rows=1)[0]
