@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dflash_jax.speculate.logprobs import Logprobs, logprobs_of, no_logprobs
 from dflash_jax.speculate.penalties import count, penalise
 from dflash_jax.speculate.sampling import Extras, SamplingParameters, greedy, sample
+
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +61,7 @@ def draw(
 
         return jax.lax.while_loop(agreeing, step, start)[2]
 
-    def special(extras: Extras) -> Drawn:
+    def special(extras: Extras, warm: Array) -> Drawn:
         def step(carry: tuple[Array, Array, Drawn, Array]) -> tuple[Array, Array, Drawn, Array]:
             row, agrees, drawn, counts = carry
             found = draw_penalised(_row(logits, row), sampling, extras, number, row, counts, warm)
@@ -69,12 +72,24 @@ def draw(
         counts = count(extras.penalties.counts, recent)
         return jax.lax.while_loop(agreeing, step, (*start, counts))[2]
 
-    warm = jnp.any(sampling.temperature > 0)
-    if sampling.extras is None:
-        return jax.lax.cond(warm, sampled, drawn_greedily)
-    extras = sampling.extras
+    return as_asked(sampling, drawn_greedily, sampled, special)
+
+
+def as_asked(
+    sampling: SamplingParameters,
+    greedily: Callable[[], T],
+    sampled: Callable[[], T],
+    special: Callable[[Extras, Bool[Array, ""]], T],
+) -> T:
+    """Draws in the cheapest of three ways that gives all slots what they ask for.
+
+    `special` gets the extras, and whether any slot has a temperature.
+    """
+    warm, extras = jnp.any(sampling.temperature > 0), sampling.extras
+    if extras is None:
+        return jax.lax.cond(warm, sampled, greedily)
     case = jnp.where(jnp.any(extras.asked), 2, warm.astype(jnp.int32))
-    return jax.lax.switch(case, (drawn_greedily, sampled, lambda: special(extras)))
+    return jax.lax.switch(case, (greedily, sampled, lambda: special(extras, warm)))
 
 
 def draw_penalised(

@@ -65,8 +65,7 @@ def score_pairs(
     """
     logits = target.project(hidden)
     if selector is None:
-        candidates = _candidates(logits)
-        scores = jnp.take_along_axis(logits, candidates, axis=-1)[:, :, None]
+        candidates, scores = _alone(logits)
     else:
         candidates, scores = _pairs(target, selector, hidden, logits, anchor)
     count = candidates.shape[-1]
@@ -97,10 +96,17 @@ def _drawn(
     logits: Float[Array, "slots rows vocab"], sampling: SamplingParameters, number: Int[Array, " slots"]
 ) -> Int[Array, "slots rows"]:
     """What the target would draw if these were its logits."""
-    candidates = _candidates(logits)
-    own = jnp.take_along_axis(logits, candidates, axis=-1)[:, :, None]
+    candidates, own = _alone(logits)
     winner = jnp.argmax(lifted(own, candidates, sampling, number), axis=-1)
     return jnp.take_along_axis(candidates, winner, axis=-1)[:, :, 0]
+
+
+def _alone(
+    logits: Float[Array, "slots rows vocab"],
+) -> tuple[Int[Array, "slots rows K"], Float[Array, "slots rows 1 K"]]:
+    """The candidates of each row and their logits, whatever the row before takes."""
+    candidates = _candidates(logits)
+    return candidates, jnp.take_along_axis(logits, candidates, axis=-1)[:, :, None]
 
 
 def _candidates(logits: Float[Array, "slots rows vocab"]) -> Int[Array, "slots rows K"]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dflash_jax.speculate.draw import Drawn, draw_penalised, with_row
+from dflash_jax.speculate.draw import Drawn, as_asked, draw_penalised, with_row
 from dflash_jax.speculate.logprobs import Logprobs, no_logprobs
 from dflash_jax.speculate.penalties import count
 from dflash_jax.speculate.sampling import Extras, SamplingParameters, greedy, sample
@@ -86,7 +86,7 @@ def walk(
     def sampled() -> Walked:
         return follow(lambda turn, row, counts: (sample(at(row), sampling, number + turn), None, counts))
 
-    def special(extras: Extras) -> Walked:
+    def special(extras: Extras, warm: Array) -> Walked:
         def choose(turn: Array, row: Array, counts: Counts) -> tuple[Array, Logprobs | None, Counts]:
             assert counts is not None
             drawn = draw_penalised(at(row), sampling, extras, number, turn, counts, warm)
@@ -97,12 +97,7 @@ def walk(
     def greedily() -> Walked:
         return _walk_at_once(greedy(logits), tree, nothing)
 
-    warm = jnp.any(sampling.temperature > 0)
-    if sampling.extras is None:
-        return jax.lax.cond(warm, sampled, greedily)
-    extras = sampling.extras
-    case = jnp.where(jnp.any(extras.asked), 2, warm.astype(jnp.int32))
-    return jax.lax.switch(case, (greedily, sampled, lambda: special(extras)))
+    return as_asked(sampling, greedily, sampled, special)
 
 
 def _walk_at_once(own: Int[Array, "slots rows"], tree: Tree, nothing: Logprobs) -> Walked:

@@ -16,6 +16,15 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+MOST_SPLITS = 64
+"""Splits that are worth putting together."""
+
+
+def splits_for(most: int, key_blocks: int) -> int:
+    """A power of two; it follows from shapes alone, so that the same row is always split alike."""
+    wanted = min(MOST_SPLITS, max(1, most), max(1, key_blocks // 2))
+    return 1 << (wanted.bit_length() - 1)
+
 
 def combine(
     mixed: Float[Array, "splits B kv_heads stacked D"],

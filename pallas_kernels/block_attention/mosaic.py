@@ -25,7 +25,7 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.ancestry import Ancestry
-from pallas_kernels.block_attention.combine import combine
+from pallas_kernels.block_attention.combine import combine, splits_for
 from pallas_kernels.online_softmax import LOWEST
 
 TILE = 64
@@ -34,7 +34,6 @@ KEY_BLOCK = 64
 HEAD_DIM, _HALF = 512, 256
 _PROGRAMS = 132
 """One for each multiprocessor of an H100: shared memory holds no second one."""
-_MOST_SPLITS = 64
 _KEY_SLOTS, _VALUE_SLOTS = 2, 3
 
 
@@ -87,7 +86,7 @@ def block_attention(
     group = heads // kv_heads
     tiles = rows * group // TILE
     blocks = page_table.shape[1] * page_size // KEY_BLOCK
-    splits = _splits(batch * kv_heads * tiles, blocks)
+    splits = splits_for(_PROGRAMS // (batch * kv_heads * tiles), blocks)
     shape = (splits, batch, kv_heads, tiles * TILE)
     tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
@@ -130,12 +129,6 @@ def block_attention(
         **how,
     )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts)
     return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
-
-
-def _splits(programs: int, blocks: int) -> int:
-    """A power of two; it follows from shapes alone, so that the same row is always split alike."""
-    wanted = min(_MOST_SPLITS, max(1, _PROGRAMS // programs), max(1, blocks // 2))
-    return 1 << (wanted.bit_length() - 1)
 
 
 def _interpreter() -> Any:

@@ -30,14 +30,12 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.ancestry import Ancestry
-from pallas_kernels.block_attention.combine import combine
+from pallas_kernels.block_attention.combine import combine, splits_for
 from pallas_kernels.online_softmax import LEAST_TILE, Sums, add_keys, no_sums, precision_of
 from pallas_kernels.paged import pool_row, why_not
 from pallas_kernels.tuning import tuned
 
 TUNED = Path(__file__).with_name("tuned.json")
-_MOST_SPLITS = 64
-"""Splits that are worth putting together."""
 CHUNK = 128
 """From so many lines per KV head on it is a chunk of a prompt, and not a step."""
 _STEP_ROWS = 16
@@ -122,7 +120,7 @@ def block_attention(
     # f32 takes twice the shared memory of bf16.
     key_block = min(config.key_block * 2 // key_pool.dtype.itemsize, page_size)
     programs = batch * kv_heads * -(-alike * group // tile)
-    splits = _splits(config.programs // programs, page_table.shape[1] * page_size // key_block)
+    splits = splits_for(config.programs // programs, page_table.shape[1] * page_size // key_block)
     kernel = functools.partial(
         _kernel if tree is None else _tree_kernel,
         rows=rows,
@@ -172,12 +170,6 @@ def block_attention(
     return mixed.transpose(0, 2, 1, 3, 4).reshape(batch, rows, heads, head_dim).astype(queries.dtype)
 
 
-def _splits(most: int, key_blocks: int) -> int:
-    """A power of two; it follows from shapes alone, so that the same row is always split alike."""
-    wanted = min(_MOST_SPLITS, max(1, most), max(1, key_blocks // 2))
-    return 1 << (wanted.bit_length() - 1)
-
-
 def _kernel(
     query_ref,
     key_ref,
@@ -218,15 +210,9 @@ def _kernel(
     end = (last_token if causal else start + rows - 1) // key_block + 1
     end = end if ring else jnp.minimum(end, num_pages * (page_size // key_block))
     first_seen = jnp.int32(0) if window is None else jnp.maximum(first_token - (window - 1), 0)
-    begin = jax.lax.div(first_seen, key_block)
-    begin = begin + jax.lax.rem(split + splits - jax.lax.rem(begin, splits), splits)  # the split's first one from there
-    visits = jax.lax.div(jnp.maximum(end - begin, 0) + splits - 1, splits)
+    begin, visits = _dealt(jax.lax.div(first_seen, key_block), end, split, splits)
 
-    def load(place):
-        number = jax.lax.div(place, page_size)
-        page = table_ref[slot, jax.lax.rem(number, num_pages) if ring else number]
-        at = pl.ds(page * page_size + jax.lax.rem(place, page_size), key_block)
-        return plt.load(key_ref.at[at, head, :]), plt.load(value_ref.at[at, head, :])
+    load = functools.partial(_load_block, key_ref, value_ref, table_ref, slot, head, key_block, page_size, ring)
 
     highest, total, mixed = _over_keys(
         (query, value_query),
@@ -242,6 +228,27 @@ def _kernel(
     mixed_ref[...] = mixed if keys_axis else mixed.T
     highest_ref[...] = highest.reshape(tile)
     total_ref[...] = total.reshape(tile)
+
+
+def _from_block(number, split, splits: int):
+    """The split's first block from this one on."""
+    return number + jax.lax.rem(split + splits - jax.lax.rem(number, splits), splits)
+
+
+def _dealt(first, end, split, splits: int):
+    """Of the blocks `first..end`, the split's first one, and how many it has: it takes every `splits`-th."""
+    begin = _from_block(first, split, splits)
+    return begin, jax.lax.div(jnp.maximum(end - begin, 0) + splits - 1, splits)
+
+
+def _load_block(
+    key_ref, value_ref, table_ref, slot, head, key_block: int, page_size: int, ring: bool, place: Array
+) -> tuple[Array, Array]:
+    """K and V of the block of keys that begins at this token; a block lies in one page."""
+    number = jax.lax.div(place, page_size)
+    page = table_ref[slot, jax.lax.rem(number, table_ref.shape[1]) if ring else number]
+    at = pl.ds(page * page_size + jax.lax.rem(place, page_size), key_block)
+    return plt.load(key_ref.at[at, head, :]), plt.load(value_ref.at[at, head, :])
 
 
 def _lines(query_ref, slot, of_line, first: int, width: int):
@@ -327,18 +334,13 @@ def _tree_kernel(
     first_block = jax.lax.div(first_seen, key_block)
     tree_block, last_block = jax.lax.div(start, key_block), jax.lax.div(start + rows - 1, key_block)
 
-    def from_block(number, split):
-        """The split's first block from there on."""
-        return number + jax.lax.rem(split + splits - jax.lax.rem(number, splits), splits)
-
     def attend(split, row, of_group, depth, end, load, line, valid):
         """Stores the sums of lines (their rows, and heads of the group) over the split's blocks up to `end`."""
         of_line = (row, head * group + of_group)
         query = _lines(query_ref, slot, of_line, 0, key_dim)
         value_query = _lines(query_ref, slot, of_line, key_dim, width) if compact else None
         token = start + jnp.expand_dims(depth, keys_axis)
-        begin = from_block(first_block, split)
-        visits = jax.lax.div(jnp.maximum(end - begin, 0) + splits - 1, splits)
+        begin, visits = _dealt(first_block, end, split, splits)
         highest, total, mixed = _over_keys(
             (query, value_query),
             load,
@@ -361,7 +363,7 @@ def _tree_kernel(
 
     split = jax.lax.div(index, tiles)
 
-    @pl.when((split < splits) & (from_block(tree_block, split) > last_block))
+    @pl.when((split < splits) & (_from_block(tree_block, split, splits) > last_block))
     def _() -> None:
         """A tile of lines, in a split that has keys before the tree only."""
         line = jax.lax.rem(index, tiles) * tile + jnp.arange(tile, dtype=jnp.int32)
@@ -369,11 +371,7 @@ def _tree_kernel(
         row = jax.lax.div(inside, group)
         depth = plt.load(depths_ref.at[jnp.full_like(row, slot), row])
 
-        def load(place):
-            number = jax.lax.div(place, page_size)
-            page = table_ref[slot, jax.lax.rem(number, num_pages) if ring else number]
-            at = pl.ds(page * page_size + jax.lax.rem(place, page_size), key_block)
-            return plt.load(key_ref.at[at, head, :]), plt.load(value_ref.at[at, head, :])
+        load = functools.partial(_load_block, key_ref, value_ref, table_ref, slot, head, key_block, page_size, ring)
 
         attend(split, row, jax.lax.rem(inside, group), depth, tree_block, load, line, line < rows * group)
 
