@@ -20,6 +20,9 @@ import jax
 from pallas_kernels.timing import repeated, seconds_of
 
 _REPEATS = 4
+_SWEPT = "NVIDIA H100 80GB HBM3"
+_SAME_CHIP = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA GH200")
+"""Cards with the chip of the one that sweeps ran on; memory and clocks differ, what fits a multiprocessor does not."""
 
 
 class Named(Protocol):
@@ -38,8 +41,13 @@ Found = tuple[str, Any, dict[str, Any]]
 
 
 def tuned(file: Path, key: str) -> dict[str, Any] | None:
-    """The fields of the Config that was fastest on the device at hand, if the file has it."""
-    return _cached(file).get(jax.devices()[0].device_kind, {}).get(key)
+    """The fields of the Config that was fastest on the device at hand, or on the card that stands for its chip.
+
+    None if the file has neither.
+    """
+    known, device = _cached(file), jax.devices()[0].device_kind
+    stands_for = _SWEPT if device.startswith(_SAME_CHIP) else device
+    return known.get(device, {}).get(key) or known.get(stands_for, {}).get(key)
 
 
 def _read(file: Path) -> dict[str, dict[str, dict[str, Any]]]:

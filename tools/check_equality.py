@@ -140,6 +140,7 @@ def _drafted(
     ):
         for kind in scripted:
             results = []
+            engine._shared.store.forget_all()  # prompts that are read in other chunks have other bits
             for prompt, answer in zip(prompts, answers, strict=True):
                 script = script_of(kind, answer.token_ids, model, length)
                 engine._shared.programs._weights[1].leaves = (put(script),)

@@ -8,10 +8,11 @@ there are tiles; what follows adds them up in order).
       w8      values [TILE, 128] int8 -> bf16 -> dot with x [rows, 128] -> add; scale at the end
       dense   values [TILE, 128] bf16 -> dot with x [rows, 128] -> add
 
-A nibble n becomes the bf16 number 128 + n by OR with 0x4300, two nibbles an instruction; one fused multiply-add takes
-136 away (128, and the 8 that a nibble is off by) and another one multiplies with the scale, which was rounded from f16
-to bf16: a weight is off by 2**-8 of itself at most, little beside what 4 bits cost. Rows never mix, and the tile of
-rows is a multiple of 16: a row's bits do not depend on the others.
+A nibble n that stands alone in 16 bits is a bf16 number already, the subnormal one n * 2**-133 (n * 2**-129 for the
+upper nibble of a byte), so that one fused multiply-add makes weights of two: with the scale times a power of two that
+lifts it among the normal numbers, less 8 times the scale. Sums are 2**-23 of what they stand for until the end. The
+scale is rounded from f16 to bf16: a weight is off by 2**-8 of itself at most, little beside what 4 bits cost. Rows
+never mix, and the tile of rows is a multiple of 16: a row's bits do not depend on the others.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ _ROW_TILE = 16
 _PROGRAMS = 396
 """Programs to aim at: three for each of an H100's 132 multiprocessors."""
 _PLANE = BLOCK // 4
+_SUBNORMAL = 133
+"""The last bit of a subnormal bf16 number counts 2**-133."""
+_SMALLER = 23
+"""Weights are made so many powers of two smaller: times 2**110 the largest scale is still a number of bf16."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,24 +194,25 @@ def _w4_kernel(
         return total
 
     total = jax.lax.fori_loop(0, share, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
-    plt.store(out_ref.at[split, :, outputs], total)
+    plt.store(out_ref.at[split, :, outputs], total * 2.0**_SMALLER)
 
 
 def _plane(words, scales, plane: int, interpret: bool):
-    """One plane's weights, bf16[32, tile]."""
-    scales = jnp.broadcast_to(scales[None, :], words.shape)
-    if interpret:
+    """One plane's weights, bf16[32, tile], times 2**-_SMALLER."""
+    if interpret:  # CPUs take subnormal numbers for zero
         nibbles = jax.lax.shift_right_logical(words, jnp.int16(4 * plane)) & jnp.int16(15)
-        return (nibbles - jnp.int16(8)).astype(jnp.bfloat16) * scales
+        return (nibbles - jnp.int16(8)).astype(jnp.bfloat16) * (scales * jnp.bfloat16(2.0**-_SMALLER))[None, :]
+    byte, upper = plane // 2, plane % 2
+    lift = scales * jnp.bfloat16(2.0 ** (_SUBNORMAL - 4 * upper - _SMALLER))
+    less = scales * jnp.bfloat16(-8.0 * 2.0**-_SMALLER)
+    lift, less = (jnp.broadcast_to(each[None, :], words.shape) for each in (lift, less))
     assembly = (
-        "{ .reg .b32 t, u, one, off, zero; "
-        f"shr.b32 t, $1, {4 * plane}; lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA; "
-        "mov.b32 one, 0x3F803F80; mov.b32 off, 0xC308C308; mov.b32 zero, 0x80008000; "
-        "fma.rn.bf16x2 u, t, one, off; fma.rn.bf16x2 $0, u, $2, zero; }"
+        f"{{ .reg .b32 t; shr.b32 t, $1, {8 * byte}; and.b32 t, t, {'0x00F000F0' if upper else '0x000F000F'}; "
+        "fma.rn.bf16x2 $0, t, $2, $3; }"
     )
     shape = jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)
     return plt.elementwise_inline_asm(
-        assembly, args=[words, scales], constraints="=r,r,r", pack=2, result_shape_dtypes=[shape]
+        assembly, args=[words, lift, less], constraints="=r,r,r,r", pack=2, result_shape_dtypes=[shape]
     )[0]
 
 
