@@ -40,6 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (_installed(_PLUGINS) and _installed(_COMPILERS)):
         sys.exit(f'There is no compiler for NVIDIA cards here: pip install "jax[cuda12]=={jax.__version__}"')
+    jax.config.update("jax_platforms", "cpu")  # or the plug-in asks for a driver
     todo = [
         (f"{operation.name}, {case.name}: {name}, {kernel}", program)
         for operation in OPERATIONS
@@ -51,7 +52,6 @@ def main() -> None:
     ]
     if not todo:
         sys.exit(f"There is no case {arguments.case!r}.")
-    jax.config.update("jax_platforms", "cpu")  # or the plug-in asks for a driver
     device = topologies.get_topology_desc(
         "", platform="cuda", topology="1x1x1", target_config=Path(__file__).with_name("h100.txtpb").read_text()
     ).devices[0]
