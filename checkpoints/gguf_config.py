@@ -244,8 +244,6 @@ def _drafter(metadata: _Metadata) -> Description:
             "target_layer_ids": ids,
             "mask_token_id": mask,
             "block_size": metadata.get("dflash.block_size" if forked else "block_size", 16),
-            "conv_kernel_size": metadata.get("conv_kernel_size") or metadata.get("dflash.conv_kernel_size"),
-            "selector_rank": metadata.get("selector_rank") or metadata.get("dflash.selector_rank"),
             "attention_value_scale": metadata.get("attention.value_scale"),
             "draft_vocab_size": tensors["d2t"].shape[0] if "d2t" in tensors else None,
         },

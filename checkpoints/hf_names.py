@@ -29,6 +29,11 @@ _LAYER = {
     **{f"self_attn.{name}_norm.weight": f"attention.{name}_norm" for name in "qk"},
     **{f"mlp.{name}_proj.weight": f"mlp.{name}" for name in ("gate", "up", "down")},
 }
+_DRAFTER_LAYER = {
+    **_LAYER,
+    **{f"{name}_conv.base_kernel": f"{name}_convolution.taps" for name in ("attention", "mlp")},
+    **{f"{name}_conv.kernel_projection.weight": f"{name}_convolution.corrections" for name in ("attention", "mlp")},
+}
 _GEMMA_LAYER = {
     **_LAYER,
     "post_attention_layernorm.weight": "attention_post_norm",
@@ -53,23 +58,22 @@ _GEMMA4_LAYER = {
 _TABLES = {
     "gemma3": (_TOP, _GEMMA_LAYER),
     "gemma4": (_GEMMA4_TOP, _GEMMA4_LAYER),
-    "drafter": (_DRAFTER_TOP, _LAYER),
+    "drafter": (_DRAFTER_TOP, _DRAFTER_LAYER),
 }
 _IGNORED = ("rotary_emb.inv_freq",)
 """Ends of names that hold nothing that the config does not say."""
 _OF_THE_TARGET = ("embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight")
 """Copies of the target's matrices that some drafters carry; hf_config.py refuses drafters whose own they are."""
+_SELECTOR = "candidate_selector."
+"""Begins the names of DFlash 2's selector, without which its drafters draft too."""
 _VARIANTS = {
-    "attention_conv": "DFlash 2",
-    "mlp_conv": "DFlash 2",
-    "candidate_selector": "DFlash 2",
-    "attn_conv_base": "DFlash 2",
-    "attn_conv_proj": "DFlash 2",
-    "ffn_conv_base": "DFlash 2",
-    "ffn_conv_proj": "DFlash 2",
-    "selector_predecessor": "DFlash 2",
-    "selector_successor": "DFlash 2",
-    "selector_hidden": "DFlash 2",
+    "attn_conv_base": "DFlash 2 in a GGUF file",
+    "attn_conv_proj": "DFlash 2 in a GGUF file",
+    "ffn_conv_base": "DFlash 2 in a GGUF file",
+    "ffn_conv_proj": "DFlash 2 in a GGUF file",
+    "selector_predecessor": "DFlash 2 in a GGUF file",
+    "selector_successor": "DFlash 2 in a GGUF file",
+    "selector_hidden": "DFlash 2 in a GGUF file",
     "prefix_gru": "Domino",
     "embed_proj": "Domino",
     "markov_head": "DSpark",
@@ -83,7 +87,7 @@ _VARIANTS = {
     "qkv_proj": "fused q, k and v",
     "attn_sinks": "attention sinks",
 }
-"""Parts of tensor names, also of GGUF files, by which drafters of another kind than DFlash 1 are known."""
+"""Parts of tensor names, also of GGUF files, by which drafters of a kind that is not supported are known."""
 
 
 def canonical_name(name: str, config: ModelConfig | DrafterConfig) -> str | None:
@@ -103,7 +107,7 @@ def drafter_name(ours: str) -> str:
     if ours in top:
         return top[ours]
     _, index, rest = ours.split(".", 2)
-    return f"layers.{index}.{next(name for name, own in _LAYER.items() if own == rest)}"
+    return f"layers.{index}.{next(name for name, own in _DRAFTER_LAYER.items() if own == rest)}"
 
 
 def is_other_modality(name: str) -> bool:
@@ -116,8 +120,13 @@ def is_skipped(name: str, config: ModelConfig | DrafterConfig) -> bool:
     if is_other_modality(name):
         return True
     if isinstance(config, DrafterConfig):
-        return name.removeprefix("model.") in _OF_THE_TARGET
+        return is_selector(name, config) or name.removeprefix("model.") in _OF_THE_TARGET
     return is_copy(canonical_name(name, config) or "", config)
+
+
+def is_selector(name: str, config: ModelConfig | DrafterConfig) -> bool:
+    """Whether a tensor belongs to the selector of a DFlash 2 drafter, which is left out."""
+    return isinstance(config, DrafterConfig) and name.startswith(_SELECTOR)
 
 
 def is_copy(ours: str, config: ModelConfig) -> bool:
@@ -138,4 +147,4 @@ def variant_of(name: str, config: ModelConfig | DrafterConfig) -> str:
     found = {_VARIANTS[part] for part in name.split(".") if part in _VARIANTS}
     if not found or not isinstance(config, DrafterConfig):
         return ""
-    return f": it is a drafter with {found.pop()}, which is not supported; supported: DFlash 1"
+    return f": it is a drafter with {found.pop()}, which is not supported; supported: DFlash 1, and 2 from safetensors"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import CheckpointError
 from checkpoints.expert_stacks import stack_experts
-from checkpoints.hf_names import canonical_name, is_other_modality, is_skipped, variant_of
+from checkpoints.hf_names import canonical_name, is_other_modality, is_selector, is_skipped, variant_of
 from checkpoints.packed_weights import Tensor, unpack
-from checkpoints.readers import CheckedReader
+from checkpoints.readers import CheckedReader, CheckpointWarning
 from checkpoints.safetensors_file import StoredTensor, read_header
 from checkpoints.source import Reader, Source, family, parameter_table
 from dflash_jax.models.config import DrafterConfig, ModelConfig
@@ -41,6 +42,13 @@ def read_folder(path: Path) -> Source:
             )
         readers[own] = CheckedReader(f"{path}: tensor {tensor.origin}", tensor.shape[0], tensor.read)
         shapes[own], origin[own] = tensor.shape, tensor.origin
+    if any(is_selector(name, config) for name in tensors):
+        warnings.warn(
+            f"{path}: the candidate selector of DFlash 2 is left out, which is not supported; fewer proposals will be "
+            "accepted",
+            CheckpointWarning,
+            stacklevel=2,
+        )
     tokenizer = read_text(path / "tokenizer.json")
     if tokenizer is not None and isinstance(config, ModelConfig):
         check_tokenizer(path, tokenizer, config.vocab_size)

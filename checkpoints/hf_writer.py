@@ -28,6 +28,8 @@ def write_drafter(out: Path, config: DrafterConfig, parameters: Mapping[str, np.
     used = 0
     for ours, value in parameters.items():
         tensor = np.ascontiguousarray(np.asarray(value).astype(ml_dtypes.bfloat16))
+        if ours.endswith("convolution.taps"):
+            tensor = tensor.reshape(2, 2, -1)  # [in front or behind, own row or left, channels]
         if used + tensor.nbytes > _FILE_BYTES and files[-1]:
             files.append({})
             used = 0

@@ -311,6 +311,7 @@ def _verify(path: Path) -> list[str]:
 @click.option("--features", type=click.IntRange(1, 16), help="Target layers that the drafter reads.")
 @click.option("--block-size", type=click.IntRange(2, 64))
 @click.option("--path-rank", type=click.IntRange(min=0), help="Rank of the path selector; 0 for none.")
+@click.option("--convolution/--no-convolution", default=None, help="Rows that see their left neighbours.")
 @click.option("--window", type=click.IntRange(min=1), help="Context tokens that the drafter sees.")
 @click.option("--weighting", type=click.Choice(["d-pace", "decay"]))
 @click.option("--labels", type=click.Choice(["tokens", "target"]), help="What follows, or what the target thought.")

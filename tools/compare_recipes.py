@@ -28,6 +28,7 @@ RECIPES = {
     "decay instead of D-PACE": "--weighting decay",
     "the target's distribution": "--labels target",
     "no path selector": "--path-rank 0",
+    "two-tap convolution": "--convolution",
     "2 layers": "--layers 2",
     "3 layers": "--layers 3",
     "5 layers": "--layers 5",

@@ -12,7 +12,7 @@ import functools
 from pathlib import Path
 
 import torch
-from dflash.model import DFlashDraftModel, _crop_to, _make_cache
+from dflash.model import DFlash2DraftModel, DFlashDraftModel, GroupedDynamicCausalConv, _crop_to, _make_cache
 from golden_models import randomise, write
 from transformers import Qwen3Config
 
@@ -20,10 +20,14 @@ BLOCK, MASK_ID = 8, 95
 NEW_TOKENS = (21, 5, 1, 8)
 """Committed tokens before each step: a prompt, some accepted, all rejected, all accepted."""
 TARGET_LAYERS = (1, 3, 5)
+DFLASH_2 = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 4, "selector_top_k": 4}
 
 
 @torch.inference_mode()
-def make(seed: int, layer_types: list[str], sliding_window: int | None, folder: Path) -> None:
+def make(
+    seed: int, layer_types: list[str], sliding_window: int | None, folder: Path, *, dflash_2: bool = False
+) -> None:
+    kind = DFlash2DraftModel if dflash_2 else DFlashDraftModel
     config = Qwen3Config(
         vocab_size=96,
         hidden_size=32,
@@ -42,10 +46,18 @@ def make(seed: int, layer_types: list[str], sliding_window: int | None, folder: 
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         num_target_layers=8,
         block_size=BLOCK,
-        dflash_config={"mask_token_id": MASK_ID, "target_layer_ids": list(TARGET_LAYERS)},
+        dflash_config={
+            "mask_token_id": MASK_ID,
+            "target_layer_ids": list(TARGET_LAYERS),
+            **(DFLASH_2 if dflash_2 else {}),
+        },
+        **({"is_causal": False} if dflash_2 else {}),
     )
-    model = randomise(DFlashDraftModel(config), seed)
+    model = randomise(kind(config), seed)
     generator = torch.Generator().manual_seed(seed + 1)
+    for module in model.modules():
+        if isinstance(module, GroupedDynamicCausalConv):  # taps as large as what they correct
+            module.base_kernel.uniform_(-1, 1, generator=generator)
     cache, start, expected = _make_cache(config), 0, {}
     for step, new_tokens in enumerate(NEW_TOKENS):
         features = torch.randn(1, new_tokens, len(TARGET_LAYERS) * config.hidden_size, generator=generator)
@@ -61,11 +73,12 @@ def make(seed: int, layer_types: list[str], sliding_window: int | None, folder: 
         _crop_to(cache, start)
         arrays = {"features": features, "block": block, "hidden": hidden}
         expected |= {f"{name}_{step}": array[0].numpy() for name, array in arrays.items()}
-    published = config.to_diff_dict() | {"architectures": ["DFlashDraftModel"], "model_type": config.model_type}
-    write(folder, model, published, **expected)
+    published = config.to_diff_dict() | {"architectures": [kind.__name__], "model_type": config.model_type}
+    write(folder, model, published, rename=lambda name: name.replace("codebook.weight", "codebook"), **expected)
 
 
 MAKERS = {
     "drafter_full": functools.partial(make, 60, ["full_attention"] * 2, None),
     "drafter_sliding": functools.partial(make, 70, ["sliding_attention", "full_attention"], 12),
+    "drafter_convolution": functools.partial(make, 80, ["sliding_attention", "full_attention"], 12, dflash_2=True),
 }

@@ -189,6 +189,15 @@ class DrafterConfig:
     vocab_size: int
     path_rank: int = 0
     """Rank of the path selector; 0 is a drafter without one (DFlash 1)."""
+    convolution_group: int = 0
+    """Channels that share the corrections of the two-tap convolution; 0 is a drafter without one."""
+
+    def __post_init__(self) -> None:
+        if self.convolution_group and self.hidden_size % self.convolution_group:
+            raise ConfigError(
+                f"a convolution in groups of {self.convolution_group} channels does not fit a width of "
+                f"{self.hidden_size}: it has to be a multiple"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -204,6 +213,7 @@ class DrafterConfig:
         target_layers: tuple[int, ...],
         windows: tuple[int | None, ...],
         path_rank: int = 0,
+        convolution_group: int = 0,
     ) -> DrafterConfig:
         """A drafter as wide as its target, with layers shaped like the target's first that see a block both ways."""
         layer = target.layers[0]
@@ -223,6 +233,7 @@ class DrafterConfig:
             num_target_layers=target.num_layers,
             vocab_size=target.vocab_size,
             path_rank=path_rank,
+            convolution_group=convolution_group,
         )
 
     def to_json(self) -> str:

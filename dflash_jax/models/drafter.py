@@ -31,6 +31,51 @@ from dflash_jax.models.layers import (
 from pallas_kernels.attention_rows.api import HeadLayout, HeadNorms, Heads, attention_rows, rotate
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.quantised_matmul import api as quantised_matmul
+from pallas_kernels.residual_norm import api as residual_norm
+
+Taps = Float[Array, "slots rows 2 dim"]
+"""What a row takes of itself and of the row on its left, channel by channel."""
+
+
+class TwoTapConvolution(nnx.Module):
+    """Lets a row of a block see its left neighbour, in front of attention or the MLP and again behind it.
+
+        y[t] = taps[t, 0] * x[t] + taps[t, 1] * x[t - 1]
+
+    A block is a slot; its first row, the anchor, has nothing on its left. Taps are those of each channel, plus
+    corrections for groups of channels that are made of what the sublayer would have read. Without parameters nothing
+    changes. Source: DFlash 2 (z-lab), `GroupedDynamicCausalConv` of model.py.
+    """
+
+    def __init__(self, parameters: Mapping[str, Weight]) -> None:
+        self.taps = (
+            nnx.Param(dense(parameters["taps"])) if parameters else None
+        )  # in front: own, left; behind: own, left
+        self.corrections = Linear(parameters["corrections"]) if parameters else None
+
+    def __call__(self, normed: Float[Array, "slots rows dim"]) -> tuple[Float[Array, "slots rows dim"], Taps | None]:
+        """What the sublayer reads, and the taps for what it gives."""
+        if self.taps is None or self.corrections is None:
+            return normed, None
+        slots, rows, dim = normed.shape
+        corrections = self.corrections(normed).astype(jnp.float32).reshape(slots, rows, 4, -1)
+        corrections = jnp.repeat(corrections, dim // corrections.shape[-1], axis=-1)  # [slots, rows, 4, dim]
+        taps = self.taps.get_value()[None, None] + corrections
+        return convolved(normed, taps[:, :, :2]), taps[:, :, 2:]
+
+
+def convolved(x: Float[Array, "slots rows dim"], taps: Taps | None) -> Float[Array, "slots rows dim"]:
+    """The sum of two taps, in the dtype of x; x itself without taps."""
+    if taps is None:
+        return x
+    wide = x.astype(jnp.float32)
+    left = jnp.pad(wide[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return (taps[:, :, 0] * wide + taps[:, :, 1] * left).astype(x.dtype)
+
+
+def _convolved_parts(parts: Parts, taps: Taps | None, dtype: jnp.dtype) -> Parts:
+    """The same of what a linear map leaves, added up where there are taps."""
+    return parts if taps is None else convolved(residual_norm.sum_of(parts, dtype), taps)[None]
 
 
 class DrafterLayer(nnx.Module):
@@ -41,11 +86,13 @@ class DrafterLayer(nnx.Module):
             return RMSNorm(dense(parameters[name]), eps=config.norm_eps)
 
         self.attention_norm = norm("attention_norm")
+        self.attention_convolution = TwoTapConvolution(below(parameters, "attention_convolution."))
         self.q = Linear(parameters["attention.q"])
         self.kv = Linear(quantised_matmul.concatenate([parameters["attention.k"], parameters["attention.v"]]))
         self.out = Linear(parameters["attention.o"])
         self.q_norm, self.k_norm = norm("attention.q_norm"), norm("attention.k_norm")
         self.mlp_norm = norm("mlp_norm")
+        self.mlp_convolution = TwoTapConvolution(below(parameters, "mlp_convolution."))
         self.mlp = GatedMlp(parameters["mlp.gate"], parameters["mlp.up"], parameters["mlp.down"], activation="silu")
         self.config = config
         self.index = index
@@ -65,11 +112,15 @@ class DrafterLayer(nnx.Module):
         return rotate(self.q_norm(q), rope)
 
     def finish(
-        self, x: Float[Array, "slots rows dim"], mixed: Float[Array, "slots rows heads head_dim"]
+        self, x: Float[Array, "slots rows dim"], mixed: Float[Array, "slots rows heads head_dim"], taps: Taps | None
     ) -> Float[Array, "slots rows dim"]:
-        """The residual stream after the layer, given what attention has mixed; gradients pass, as training needs."""
-        x = x + self.out(mixed.reshape(*x.shape[:2], -1))
-        return x + self.mlp(self.mlp_norm(x))
+        """The residual stream after the layer, given what attention has mixed and the taps behind it.
+
+        Gradients pass, as training needs.
+        """
+        x = x + convolved(self.out(mixed.reshape(*x.shape[:2], -1)), taps)
+        read, taps = self.mlp_convolution(self.mlp_norm(x))
+        return x + convolved(self.mlp(read), taps)
 
     def store(self, x: Float[Array, "slots rows dim"], rope: tuple[Array, Array], pool: KvPool, place: Place) -> KvPool:
         """The pool with K and V of features or of block rows."""
@@ -79,8 +130,9 @@ class DrafterLayer(nnx.Module):
 
     def __call__(self, stream: Stream, rope: tuple[Array, Array], pool: KvPool, place: Place) -> tuple[Stream, KvPool]:
         stream, normed = stream.normed(self.attention_norm)
-        pool = self.store(normed, rope, pool, place)
-        queries, _ = self._attention_rows(self.q.parts(normed), None, rope, place, normed.dtype)
+        read, taps = self.attention_convolution(normed)
+        pool = self.store(read, rope, pool, place)
+        queries, _ = self._attention_rows(self.q.parts(read), None, rope, place, read.dtype)
         mixed = block_attention(
             queries,
             *pool,
@@ -91,7 +143,7 @@ class DrafterLayer(nnx.Module):
             window=self.config.windows[self.index],
             causal=self.config.causal[self.index],
         )
-        return self._finish(stream.value, mixed), pool
+        return self._finish(stream.value, mixed, taps), pool
 
     def _attention_rows(
         self, parts: Parts, pool: KvPool | None, rope: tuple[Array, Array], place: Place, dtype: DTypeLike
@@ -112,9 +164,13 @@ class DrafterLayer(nnx.Module):
             page_size=place.page_size,
         )
 
-    def _finish(self, x: Float[Array, "slots rows dim"], mixed: Float[Array, "slots rows heads head_dim"]) -> Stream:
-        stream, normed = Stream(x, self.out.parts(mixed.reshape(*x.shape[:2], -1))).normed(self.mlp_norm)
-        return Stream(stream.value, self.mlp.parts(normed))
+    def _finish(
+        self, x: Float[Array, "slots rows dim"], mixed: Float[Array, "slots rows heads head_dim"], taps: Taps | None
+    ) -> Stream:
+        parts = self.out.parts(mixed.reshape(*x.shape[:2], -1))
+        stream, normed = Stream(x, _convolved_parts(parts, taps, x.dtype)).normed(self.mlp_norm)
+        read, taps = self.mlp_convolution(normed)
+        return Stream(stream.value, _convolved_parts(self.mlp.parts(read), taps, x.dtype))
 
 
 class PathSelector(nnx.Module):

@@ -371,7 +371,7 @@ def drafter_from_hf(config: Fields) -> DrafterConfig:
     if unsupported:
         raise ConfigError(
             f"drafter variant {_DRAFTER_VARIANTS[unsupported[0]]} ({', '.join(unsupported)}) is not supported; "
-            "supported: DFlash 1"
+            "supported: DFlash 1, and 2 from safetensors"
         )
     where = "config.json of a drafter"
     hidden, heads = _count(config, "hidden_size", where), _count(config, "num_attention_heads", where)
@@ -409,7 +409,15 @@ def drafter_from_hf(config: Fields) -> DrafterConfig:
         num_target_layers=num_target_layers,
         vocab_size=vocab_size,
         path_rank=_optional_count(options, "path_rank", f"dflash_config in {where}", 0, least=0),
+        convolution_group=_convolution_group(options, f"dflash_config in {where}"),
     )
+
+
+def _convolution_group(options: Fields, where: str) -> int:
+    taps = _optional_count(options, "conv_kernel_size", where, 0, least=0)
+    if taps not in (0, 2):
+        raise ConfigError(f"{where}: conv_kernel_size is {taps}; supported: 2")
+    return _count(options, "conv_group_size", where) if taps else 0
 
 
 def drafter_to_hf(config: DrafterConfig) -> dict[str, Any]:
@@ -420,8 +428,13 @@ def drafter_to_hf(config: DrafterConfig) -> dict[str, Any]:
     windows = {window for window in config.windows if window is not None}
     if len(windows) > 1 or len(set(config.causal)) > 1:
         raise ConfigError(f"windows {config.windows} and causal {config.causal}: expected one of each")
+    options: dict[str, Any] = {"mask_token_id": config.mask_id, "target_layer_ids": list(config.target_layers)}
+    if config.path_rank:
+        options["path_rank"] = config.path_rank
+    if config.convolution_group:
+        options |= {"conv_kernel_size": 2, "conv_group_size": config.convolution_group}
     return {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": ["DFlash2DraftModel" if config.convolution_group else "DFlashDraftModel"],
         "model_type": "qwen3",
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
@@ -440,25 +453,19 @@ def drafter_to_hf(config: DrafterConfig) -> dict[str, Any]:
         "is_causal": config.causal[0],
         "block_size": config.block_size,
         "dtype": "bfloat16",
-        "dflash_config": {
-            "mask_token_id": config.mask_id,
-            "target_layer_ids": list(config.target_layers),
-            **({"path_rank": config.path_rank} if config.path_rank else {}),
-        },
+        "dflash_config": options,
     }
 
 
 _DRAFTER_VARIANTS = {
     "projector_type": "with a correction head",
-    "conv_kernel_size": "DFlash 2",
-    "selector_rank": "DFlash 2",
     "attention_sink_bias": "with attention sinks",
     "attention_value_scale": "with scaled values",
     "draft_vocab_size": "with a vocabulary and an lm_head of its own",
     "sample_from_anchor": "that samples from the anchor",
     "target_hidden_size": "of another width than its target",
 }
-"""Options of drafters that are not plain DFlash, and what they mean."""
+"""Options of drafters that are not supported, and what they mean."""
 
 
 def _from_speculators(config: Fields) -> Fields:

@@ -95,7 +95,7 @@ def _mlp(config: ModelConfig, layer: LayerConfig) -> dict[str, Parameter]:
 
 
 def drafter_parameters(config: DrafterConfig) -> dict[str, Parameter]:
-    """Every parameter of a drafter; 3 + 11 per layer."""
+    """Every parameter of a drafter; 3 + 11 per layer of DFlash 1."""
     hidden = config.hidden_size
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     table = {
@@ -116,6 +116,11 @@ def drafter_parameters(config: DrafterConfig) -> dict[str, Parameter]:
             "mlp.up": Parameter((config.mlp_width, hidden), matrix=True),
             "mlp.down": Parameter((hidden, config.mlp_width), matrix=True),
         }
+        if config.convolution_group:
+            corrections = 4 * hidden // config.convolution_group
+            for sublayer in ("attention", "mlp"):
+                names[f"{sublayer}_convolution.taps"] = Parameter((4, hidden))
+                names[f"{sublayer}_convolution.corrections"] = Parameter((corrections, hidden), matrix=True)
         table |= {f"layers.{index}.{name}": parameter for name, parameter in names.items()}
     table["final_norm"] = Parameter((hidden,))
     if config.path_rank:

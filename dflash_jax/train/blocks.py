@@ -1,8 +1,8 @@
 """Many blocks of one sequence at once, as training needs them.
 
 Decoding drafts one block after the last token; training drafts blocks after random tokens (*anchors*) of a sequence
-whose features are all known. Everything but attention is the drafter's own code; attention reads the sequence's
-context, which all blocks share, and each block's own rows, without pools.
+whose features are all known. Everything but attention is the drafter's own code, with a block as a slot; attention
+reads the sequence's context, which all its blocks share, and each block's own rows, without pools.
 """
 
 from __future__ import annotations
@@ -79,26 +79,26 @@ def draft_blocks(
     context = drafter.context(features)
     places = jnp.tile(jnp.arange(length, dtype=jnp.int32)[None], (rows, 1))
     context_rope = rope_tables(config.rope, config.head_dim, places)
-    positions = (anchors[:, :, None] + jnp.arange(size, dtype=jnp.int32)[None, None, :]).reshape(rows, blocks * size)
+    positions = anchors.reshape(-1, 1) + jnp.arange(size, dtype=jnp.int32)[None, :]
     rope = rope_tables(config.rope, config.head_dim, positions)
-    x = embeddings.reshape(rows, blocks * size, -1)
+    x = embeddings.reshape(rows * blocks, size, -1)
     for layer, window, causal in zip(drafter.layers, config.windows, config.causal, strict=True):
-        normed = layer.attention_norm(x)
+        read, taps = layer.attention_convolution(layer.attention_norm(x))
         mixed = _attend(
-            layer.queries(normed, rope),
+            layer.queries(read, rope),
             layer.keys_values(context, context_rope),
-            layer.keys_values(normed, rope),
+            layer.keys_values(read, rope),
             anchors,
             scale=config.head_dim**-0.5,
             window=window,
             causal=causal,
         )
-        x = layer.finish(x, mixed)
+        x = layer.finish(x, mixed, taps)
     return drafter.final_norm(x).reshape(embeddings.shape)
 
 
 def _attend(
-    queries: Float[Array, "rows slots heads head_dim"],
+    queries: Float[Array, "rows_blocks block heads head_dim"],
     context: tuple[Array, Array],
     own: tuple[Array, Array],
     anchors: Int[Array, "rows blocks"],
@@ -106,10 +106,10 @@ def _attend(
     scale: float,
     window: int | None,
     causal: bool,
-) -> Float[Array, "rows slots heads head_dim"]:
+) -> Float[Array, "rows_blocks block heads head_dim"]:
     """Slot t of the block at anchor a sees context tokens before a, and its block's slots."""
-    (rows, slots, _, head_dim), blocks = queries.shape, anchors.shape[1]
-    size, kv_heads, length = slots // blocks, context[0].shape[2], context[0].shape[1]
+    (_, size, _, head_dim), (rows, blocks) = queries.shape, anchors.shape
+    kv_heads, length = context[0].shape[2], context[0].shape[1]
     grouped = (queries * jnp.asarray(scale, queries.dtype)).reshape(rows, blocks, size, kv_heads, -1, head_dim)
     keys, values = (part.reshape(rows, blocks, size, kv_heads, head_dim) for part in own)
     far = jnp.einsum("rntkgd,rskd->rkgnts", grouped, context[0], preferred_element_type=jnp.float32)

@@ -35,7 +35,7 @@ Parameters = dict[str, Array]
 _CHUNK_SLOTS = 2048
 """Slots whose logits exist at the same time."""
 _ADAM_SHARE = 0.3
-"""AdamW's rate for norms, where Muon has the matrices, as a share of Muon's."""
+"""AdamW's rate for norms and taps, where Muon has the matrices, as a share of Muon's."""
 _GRADIENT_NORM = 1.0
 DATA = "data"
 """The axis of devices along which rows are spread."""
@@ -70,7 +70,7 @@ class Learner:
         scale = target.final_norm.scale
         self._norm_scale = jnp.ones(config.hidden_size) if scale is None else scale.get_value()  # what the head expects
         self._dtype = target.dtype
-        self._optimiser = _optimiser(recipe)
+        self._optimiser = _optimiser(recipe, config)
         self._mesh = data_mesh()
         self._weights = self._everywhere(self._weights)
         everywhere, rows = PartitionSpec(), PartitionSpec(DATA)
@@ -187,12 +187,18 @@ def data_mesh() -> Mesh:
 
 
 def initial_parameters(config: DrafterConfig, seed: int) -> Parameters:
-    """Random matrices, norms of one. What a layer or the path selector adds starts at nothing."""
+    """Random matrices, norms of one. What a layer or the path selector adds starts at nothing.
+
+    A convolution starts as one that changes nothing, whatever the rest is: its parameters fit beside those of a drafter
+    that learnt without.
+    """
     table, parameters = drafter_parameters(config), {}
     for name, value in random_drafter(config, seed).items():
-        if not table[name].matrix:
+        if name.endswith("convolution.taps"):
+            value = jnp.zeros_like(value).at[::2].set(1.0)  # each row takes itself and nothing of the left one
+        elif not table[name].matrix:
             value = jnp.ones_like(value)
-        elif name.endswith(("attention.o", "mlp.down", "path.out")):
+        elif name.endswith(("attention.o", "mlp.down", "path.out", "convolution.corrections")):
             value = jnp.zeros_like(value)
         parameters[name] = value
     return parameters
@@ -208,10 +214,18 @@ def _head(target: Decoder) -> Logits:
     return logits
 
 
-def _optimiser(recipe: Recipe) -> optax.GradientTransformation:
+def _optimiser(recipe: Recipe, config: DrafterConfig) -> optax.GradientTransformation:
     """Changes for a learning rate of 1; the step multiplies them with the rate of the moment."""
     if recipe.optimiser == "muon":
-        changes = optax.contrib.muon(1.0, adam_learning_rate=_ADAM_SHARE, consistent_rms=0.2, adam_b2=0.95)
+        table, axes = drafter_parameters(config), optax.contrib.MuonDimensionNumbers()
+        matrices: Any = {name: axes if parameter.matrix else None for name, parameter in table.items()}
+        changes = optax.contrib.muon(
+            1.0,
+            adam_learning_rate=_ADAM_SHARE,
+            consistent_rms=0.2,
+            adam_b2=0.95,
+            muon_weight_dimension_numbers=matrices,
+        )
     elif recipe.optimiser == "adamw":
         changes = optax.adamw(1.0, b1=0.9, b2=0.95, weight_decay=0.0)
     else:

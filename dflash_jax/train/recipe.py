@@ -8,6 +8,9 @@ from dflash_jax.models.config import DrafterConfig, ModelConfig
 from dflash_jax.models.hf_config import default_target_layers
 from dflash_jax.train.loss import Labels, Weighting
 
+_CONVOLUTION_GROUP = 16
+"""That of DFlash 2."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -17,6 +20,7 @@ class Recipe:
     block_size             rows of a block, anchor included
     window                 context tokens that the draft layers see
     path_rank, path_share  rank of the path selector, 0 for none, and the share of blocks that are corrected by it
+    convolution            whether rows see their left neighbours through the two-tap convolution
     weighting, decay       of slots in the loss (train/loss.py)
     labels                 what a slot learns: the token that follows, or the target's distribution of it
     optimiser, rate        Muon for matrices and AdamW for the rest, or AdamW for all; the peak learning rate
@@ -30,6 +34,7 @@ class Recipe:
     window: int = 1024
     path_rank: int = 128
     path_share: float = 0.75
+    convolution: bool = False
     weighting: Weighting = "d-pace"
     decay: float = 7.0
     labels: Labels = "tokens"
@@ -47,4 +52,5 @@ class Recipe:
             target_layers=default_target_layers(target.num_layers, self.features),
             windows=(self.window,) * self.layers,
             path_rank=self.path_rank,
+            convolution_group=_CONVOLUTION_GROUP if self.convolution else 0,
         )

@@ -26,7 +26,7 @@ from dflash_jax.engine.loading import Model, load_model
 from dflash_jax.engine.request import RequestError
 from dflash_jax.models.config import DrafterConfig, ModelConfig
 from dflash_jax.models.parameters import drafter_parameters
-from dflash_jax.train.learner import Learner, State
+from dflash_jax.train.learner import Learner, State, initial_parameters
 from dflash_jax.train.openings import Rendered, joints, own_openings, plain_words, read_openings
 from dflash_jax.train.recipe import Recipe
 from dflash_jax.train.samples import LENGTHS, Batch, Samples
@@ -226,11 +226,12 @@ class _Store:
         if not self._note.exists():
             return fresh, 0.0
         note = _read_json(self._note)
-        shapes = ("layers", "features", "path_rank", "optimiser")
-        differs = [name for name in shapes if note["recipe"].get(name) != self._recipe[name]]
+        theirs = {"convolution": False} | note["recipe"]  # runs of earlier versions had no choice
+        shapes = ("layers", "features", "path_rank", "convolution", "optimiser")
+        differs = [name for name in shapes if theirs.get(name) != self._recipe[name]]
         if differs:
             raise RequestError(
-                f"{self._folder} has a run with {differs[0]} {note['recipe'].get(differs[0])}, not "
+                f"{self._folder} has a run with {differs[0]} {theirs.get(differs[0])}, not "
                 f"{self._recipe[differs[0]]}: choose another folder"
             )
         stored = ocp.StandardCheckpointer().restore(self._folder / note["state"], _fields(fresh))
@@ -250,15 +251,21 @@ class _Store:
 
 
 def _parameters(path: Path, config: DrafterConfig) -> dict[str, Any]:
-    """The parameters of a drafter of the same shape. Raises CheckpointError or RequestError."""
+    """The parameters of a drafter of the same shape. Raises CheckpointError or RequestError.
+
+    One without a convolution gets what the recipe asks for: it starts as one that changes nothing.
+    """
     loaded = checkpoints.load(path)
-    if not isinstance(loaded.config, DrafterConfig):
+    found = loaded.config
+    if not isinstance(found, DrafterConfig):
         raise RequestError(f"{path} holds no drafter")
-    shape, theirs = (drafter_parameters(each) for each in (config, loaded.config))
+    if not found.convolution_group:
+        found = dataclasses.replace(found, convolution_group=config.convolution_group)
+    shape, theirs = (drafter_parameters(each) for each in (config, found))
     differs = next((name for name in {**shape, **theirs} if shape.get(name) != theirs.get(name)), None)
     if differs:
         raise RequestError(f"the drafter {path} has another shape than this recipe's: see {differs}")
-    return dict(loaded.parameters)
+    return {**initial_parameters(config, seed=0), **loaded.parameters}
 
 
 def _samples(

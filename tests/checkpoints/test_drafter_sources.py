@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -16,8 +18,11 @@ import checkpoints
 from checkpoints.errors import CheckpointError
 from checkpoints.gguf_source import read_gguf
 from checkpoints.hf_source import read_folder
+from checkpoints.hf_writer import write_drafter
+from checkpoints.readers import CheckpointWarning
 from dflash_jax.engine.loading import load_model
 from dflash_jax.models.config import DrafterConfig
+from pallas_kernels.quantised_matmul.api import W4, W8
 
 NAME = "drafter_sliding"
 
@@ -148,9 +153,8 @@ def test_speculators_refused(goldens: Path, tmp_path: Path, changes: dict[str, A
 @pytest.mark.parametrize(
     ("tensor", "found"),
     [
-        ("layers.0.attention_conv.base_kernel", "a drafter with DFlash 2, which is not supported; supported: DFlash 1"),
-        ("candidate_selector.hidden_projection.weight", "DFlash 2"),
-        ("prefix_gru.weight_ih", "Domino"),
+        ("layers.0.attention_conv.base_kernel", "has no place in a DFlash drafter model"),
+        ("prefix_gru.weight_ih", "Domino, which is not supported; supported: DFlash 1, and 2 from safetensors"),
         ("markov_head.w1.weight", "DSpark"),
         ("d2t", "a reduced vocabulary"),
         ("layers.0.self_attn.qkv_proj.weight", "fused q, k and v"),
@@ -167,7 +171,12 @@ def test_tensors_of_other_drafters(goldens: Path, tmp_path: Path, tensor: str, f
 
 @pytest.mark.parametrize(
     ("tensor", "found"),
-    [("selector_hidden.weight", "DFlash 2"), ("markov_w1.weight", "DSpark"), ("d2t", "lm_head of its own")],
+    [
+        ("blk.0.attn_conv_base", "DFlash 2 in a GGUF file"),
+        ("selector_hidden.weight", "DFlash 2"),
+        ("markov_w1.weight", "DSpark"),
+        ("d2t", "lm_head of its own"),
+    ],
 )
 def test_tensors_of_other_drafters_in_gguf(goldens: Path, tmp_path: Path, tensor: str, found: str) -> None:
     file = write_gguf(goldens, tmp_path / "a.gguf", "dflash", **{tensor: np.ones((2, 32), np.float32)})
@@ -175,12 +184,57 @@ def test_tensors_of_other_drafters_in_gguf(goldens: Path, tmp_path: Path, tensor
         read_gguf(file)
 
 
-def test_options_of_dflash_2(goldens: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"conv_kernel_size": 3, "conv_group_size": 8}, "conv_kernel_size is 3; supported: 2"),
+        ({"conv_kernel_size": 2}, "conv_group_size is missing"),
+        ({"conv_kernel_size": 2, "conv_group_size": 5}, "groups of 5 channels does not fit a width of 32"),
+        ({"conv_kernel_size": 2, "conv_group_size": 8}, "tensor layers.0.attention_convolution.taps is missing"),
+    ],
+)
+def test_options_of_a_convolution(goldens: Path, tmp_path: Path, options: dict[str, int], found: str) -> None:
     config = described(goldens)
-    config["dflash_config"] |= {"conv_kernel_size": 2, "selector_rank": 256}
+    config["dflash_config"] |= options
     folder = write_folder(tmp_path / "drafter", config, load_file(goldens / NAME / "model.safetensors"))
-    with pytest.raises(CheckpointError, match=r"DFlash 2 \(conv_kernel_size, selector_rank\) is not supported"):
+    with pytest.raises(CheckpointError) as caught:
         checkpoints.load(folder)
+    assert found in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_dflash_2_is_read_without_its_selector_and_written_as_published(goldens: Path, tmp_path: Path) -> None:
+    published = load_file(goldens / "drafter_convolution" / "model.safetensors")
+    with pytest.warns(CheckpointWarning, match="the candidate selector of DFlash 2 is left out"):
+        loaded = checkpoints.load(goldens / "drafter_convolution", weights="bf16")
+    assert isinstance(loaded.config, DrafterConfig)
+    assert loaded.config.convolution_group == 8
+    write_drafter(tmp_path, loaded.config, {name: np.asarray(each) for name, each in loaded.parameters.items()})
+    written = load_file(tmp_path / "model-00001-of-00001.safetensors")
+    kept = {name: values for name, values in published.items() if not name.startswith("candidate_selector")}
+    assert {name: values.shape for name, values in written.items()} == {
+        name: values.shape for name, values in kept.items()
+    }
+    for name, values in kept.items():
+        np.testing.assert_array_equal(written[name], values.astype(ml_dtypes.bfloat16), err_msg=name)
+    again = checkpoints.load(tmp_path)
+    assert again.config == loaded.config
+
+
+@pytest.mark.parametrize("weights", ["f32", "w8", "w4"])
+def test_dflash_2_is_converted(goldens: Path, tmp_path: Path, weights: str) -> None:
+    """Taps stay f32 in every format; corrections are matrices like others."""
+    with pytest.warns(CheckpointWarning, match="left out"):
+        checkpoints.convert(goldens / "drafter_convolution", tmp_path / "out", weights=weights, role="drafter")
+    with pytest.warns(CheckpointWarning, match="left out"):
+        published = checkpoints.load(goldens / "drafter_convolution")
+    converted = checkpoints.load(tmp_path / "out")
+    assert converted.config == published.config
+    name = "layers.1.mlp_convolution"
+    np.testing.assert_array_equal(
+        np.asarray(converted.parameters[f"{name}.taps"]), np.asarray(published.parameters[f"{name}.taps"])
+    )
+    kind = {"f32": jax.Array, "w8": W8, "w4": W4}[weights]
+    assert isinstance(converted.parameters[f"{name}.corrections"], kind)
 
 
 @pytest.mark.parametrize(

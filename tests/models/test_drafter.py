@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ import pytest
 from flax import nnx
 
 import checkpoints
+from checkpoints.readers import CheckpointWarning
 from dflash_jax.models.config import DrafterConfig
 from dflash_jax.models.decoder import Place
-from dflash_jax.models.drafter import Drafter, block_tokens, empty_drafter_pools
+from dflash_jax.models.drafter import (
+    Drafter,
+    TwoTapConvolution,
+    block_tokens,
+    convolved,
+    empty_drafter_pools,
+)
 
 TOLERANCE = 5e-4
 PAGE_SIZE = 4
@@ -57,9 +65,11 @@ def call(method: Any, graph: Any, state: Any, rows: Any, pools: Any, start: Any)
     return method(nnx.merge(graph, state), rows, pools, Place(jnp.asarray(PAGE_TABLE), start, positions, PAGE_SIZE))
 
 
-@pytest.fixture(params=["drafter_full", "drafter_sliding"])
+@pytest.fixture(params=["drafter_full", "drafter_sliding", "drafter_convolution"])
 def case(request: pytest.FixtureRequest, goldens: Path) -> Case:
-    checkpoint = checkpoints.load(goldens / request.param)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointWarning)  # hidden states do not depend on a selector
+        checkpoint = checkpoints.load(goldens / request.param)
     drafter = Drafter(checkpoint.config, checkpoint.parameters, dtype=jnp.float32)
     with np.load(goldens / request.param / "expected.npz") as expected:
         return Case(checkpoint.config, drafter, dict(expected))
@@ -94,6 +104,30 @@ def test_a_prompt_is_read_in_chunks(case: Case) -> None:
     for start in range(0, len(features), 6):
         case.read(features[start : start + 6], start)
     assert_close(case.draft(case.expected["block_0"], len(features)), case.expected["hidden_0"])
+
+
+def test_a_row_takes_of_itself_and_of_its_left_neighbour() -> None:
+    x = jnp.asarray([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]], [[4.0, 40.0], [5.0, 50.0], [6.0, 60.0]]])
+    own, left = [1.0, 2.0], [0.5, 1.0]
+    taps = jnp.broadcast_to(jnp.asarray([own, left]), (2, 3, 2, 2))
+    assert convolved(x, taps).tolist() == [
+        [[1.0, 20.0], [2.5, 50.0], [4.0, 80.0]],
+        [[4.0, 80.0], [7.0, 140.0], [8.5, 170.0]],
+    ]
+
+
+def test_groups_of_channels_share_corrections() -> None:
+    """Four channels in two groups; corrections are [in front: own, own, left, left; behind: own, own, left, left]."""
+    corrections = np.zeros((8, 4), np.float32)
+    corrections[1, 0] = 10.0  # in front, own row, second group
+    corrections[2, 0] = 100.0  # in front, left row, first group
+    corrections[7, 0] = 7.0  # behind, left row, second group
+    taps = np.asarray([[1, 2, 3, 4], [0, 0, 0, 1], [5, 5, 5, 5], [6, 6, 6, 6]], np.float32)
+    convolution = TwoTapConvolution({"taps": jnp.asarray(taps), "corrections": jnp.asarray(corrections)})
+    read, behind = convolution(jnp.asarray([[[1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 1.0, 1.0]]]))
+    assert read[0].tolist() == [[1, 2, 13, 14], [2 + 200, 2 + 200, 23, 24 + 1]]
+    assert behind is not None
+    assert behind[0].tolist() == [[[5, 5, 5, 5], [6, 6, 13, 13]], [[5, 5, 5, 5], [6, 6, 20, 20]]]
 
 
 def test_block_is_the_anchor_and_masks(case: Case) -> None:

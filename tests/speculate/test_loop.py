@@ -142,12 +142,13 @@ def test_plain_greedy_is_the_argmax_of_one_whole_pass(target: Decoder) -> None:
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("kind", ["random", "oracle", "hostile", "half right"])
+@pytest.mark.parametrize("kind", ["random", "convolution", "oracle", "hostile", "half right"])
 def test_same_tokens_with_any_drafter(target: Decoder, kind: str, options: dict[str, float]) -> None:
     plain, _ = answer(target, None, 50, rows=1, options=options)
     script = script_of(plain)
     drafter = {
         "random": lambda: tiny_drafter(),
+        "convolution": lambda: tiny_drafter(config=dataclasses.replace(DRAFTER, convolution_group=16)),
         "oracle": lambda: ScriptedDrafter(target, script),
         "hostile": lambda: ScriptedDrafter(target, [(token + 1) % VOCABULARY for token in script]),
         "half right": lambda: ScriptedDrafter(target, [t if p % 5 else 0 for p, t in enumerate(script)]),
@@ -194,6 +195,12 @@ def test_short_verify(target: Decoder, rows: int) -> None:
     ids, steps = answer(target, ScriptedDrafter(target, script_of(plain)), 33, rows=rows)
     assert ids == plain
     assert steps == -(-33 // rows)
+
+
+@pytest.mark.parametrize("rows", [4, 8, 12])
+def test_short_blocks_with_a_convolution(target: Decoder, rows: int) -> None:
+    drafter = tiny_drafter(config=dataclasses.replace(DRAFTER, convolution_group=16, path_rank=8))
+    assert answer(target, drafter, 33, rows=rows)[0] == answer(target, None, 33, rows=1)[0]
 
 
 def test_stop_token_ends_the_answer_in_the_middle_of_a_block(target: Decoder) -> None:

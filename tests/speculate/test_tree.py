@@ -161,8 +161,11 @@ def test_pools_hold_what_plain_decoding_stores(target: Decoder) -> None:
             np.testing.assert_allclose(np.asarray(one)[rows], np.asarray(other)[rows], atol=1e-4)
 
 
-def test_a_drafter_with_a_path_selector(target: Decoder) -> None:
-    config = dataclasses.replace(DRAFTER, path_rank=8)
+@pytest.mark.parametrize(
+    "parts", [{"path_rank": 8}, {"convolution_group": 16}, {"path_rank": 8, "convolution_group": 8}]
+)
+def test_a_drafter_with_more_parts(target: Decoder, parts: dict[str, int]) -> None:
+    config = dataclasses.replace(DRAFTER, **parts)
     drafter = Drafter(config, random_drafter(config, 3), dtype=F32)
     plain, _ = answer(target, None, 40, rows=1)
     assert answer(target, drafter, 40, rows=24, tree=True)[0] == plain

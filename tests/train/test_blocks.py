@@ -8,37 +8,58 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from checkpoints.random_models import random_drafter
 from dflash_jax.models.decoder import Place
-from dflash_jax.models.drafter import block_tokens, empty_drafter_pools
+from dflash_jax.models.drafter import Drafter, block_tokens, empty_drafter_pools
 from dflash_jax.train.blocks import draft_blocks, draw_blocks, in_front_of_slots
+from dflash_jax.train.learner import initial_parameters
 from tests.tiny import DRAFTER, F32, PAGE_SIZE, tiny_drafter, tiny_target
 
 LENGTH = 40
 
 
+WINDOWS = [((None, None), (False, False)), ((9, 24), (False, True)), ((5, 5), (False, False))]
+CONVOLUTION = dataclasses.replace(DRAFTER, convolution_group=16)
+
+
 @pytest.mark.parametrize(
-    ("windows", "causal"), [((None, None), (False, False)), ((9, 24), (False, True)), ((5, 5), (False, False))]
+    ("windows", "causal", "group", "rows"),
+    [*((*each, group, 6) for each in WINDOWS for group in (0, 16)), *((*WINDOWS[1], 8, rows) for rows in (2, 4, 12))],
 )
-def test_blocks_equal_those_of_decoding(windows, causal):
-    config = dataclasses.replace(DRAFTER, windows=windows, causal=causal, block_size=6)
+def test_blocks_equal_those_of_decoding(windows, causal, group, rows):
+    config = dataclasses.replace(DRAFTER, windows=windows, causal=causal, convolution_group=group)
     target, drafter = tiny_target(), tiny_drafter(config=config)
     features = jax.random.normal(jax.random.key(3), (1, LENGTH, 2 * config.hidden_size))
     anchors = np.asarray([[1, 7, 20, 33]], np.int32)
-    tokens = block_tokens(jnp.asarray([5, 9, 11, 13], jnp.int32), config, 6)
+    tokens = block_tokens(jnp.asarray([5, 9, 11, 13], jnp.int32), config, rows)
     together = draft_blocks(drafter, features, target.embed(tokens)[None], jnp.asarray(anchors))[0]
     for number, anchor in enumerate(anchors[0]):
         pools = empty_drafter_pools(config, num_pages=1 + 4, page_size=PAGE_SIZE, dtype=F32)
         table = jnp.arange(1, 5, dtype=jnp.int32)[None]
         places = jnp.arange(LENGTH, dtype=jnp.int32)[None]
         pools = drafter.read(features, pools, Place(table, jnp.zeros(1, jnp.int32), places, PAGE_SIZE))
-        at = Place(table, jnp.asarray([anchor]), anchor + jnp.arange(6, dtype=jnp.int32)[None], PAGE_SIZE)
+        at = Place(table, jnp.asarray([anchor]), anchor + jnp.arange(rows, dtype=jnp.int32)[None], PAGE_SIZE)
         alone, _ = drafter(target.embed(tokens[number : number + 1]), pools, at)
         np.testing.assert_allclose(together[number], alone[0], atol=2e-5)
 
 
-def test_gradients_pass_on_a_gpu(monkeypatch):
+def test_a_convolution_starts_as_one_that_changes_nothing():
+    """Whatever the rest has learnt: a drafter that learnt without one drafts the same, to the bit."""
+    learnt, features = random_drafter(DRAFTER, 1), jax.random.normal(jax.random.key(3), (1, LENGTH, 96))
+    embeddings, anchors = jax.random.normal(jax.random.key(4), (1, 3, 6, 48)), jnp.asarray([[1, 7, 20]], jnp.int32)
+    drafts = [
+        draft_blocks(Drafter(config, parameters, dtype=F32), features, embeddings, anchors)
+        for config, parameters in (
+            (DRAFTER, learnt),
+            (CONVOLUTION, {**initial_parameters(CONVOLUTION, seed=0), **learnt}),
+        )
+    ]
+    np.testing.assert_array_equal(*drafts)
+
+
+@pytest.mark.parametrize("config", [DRAFTER, CONVOLUTION])
+def test_gradients_pass_on_a_gpu(monkeypatch, config):
     """Its kernels have no derivative, so that training must not reach them: tracing shows whether it does."""
-    config = dataclasses.replace(DRAFTER, block_size=6)
     graph, state = nnx.split(tiny_drafter(config=config))
     features = jnp.ones((1, 80, 2 * config.hidden_size))
     embeddings = jnp.ones((1, 12, 6, config.hidden_size))

@@ -122,6 +122,26 @@ def test_a_run_begins_with_another_drafter(model_folder, tmp_path):
     assert "choose another folder" in other.output
 
 
+def test_a_run_adds_a_convolution_to_another_drafter(model_folder, tmp_path):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    train(model_folder, first, *OPTIONS, "--steps", 2)
+    samples = ("--samples", first / "samples.npz")
+    train(model_folder, second, *OPTIONS, *samples, "--start", first, "--convolution", "--steps", 2)
+    model = load_model(model_folder, drafter=second)
+    assert model.drafter is not None
+    assert model.drafter.config.convolution_group == 16
+    taps = np.asarray(model.drafter.layers[0].mlp_convolution.taps.get_value())
+    assert 0 < np.abs(taps - [[1], [0], [1], [0]]).max() < 0.1, "it has learnt a little, from one that changes nothing"
+    assert "another shape" in refusal(model_folder, third, *OPTIONS, *samples, "--start", second)
+    assert "has a run with convolution True" in refusal(model_folder, second, *OPTIONS, *samples)
+    # Runs of versions before the choice go on.
+    note = first / "training" / "run.json"
+    written = json.loads(note.read_text())
+    del written["recipe"]["convolution"]
+    note.write_text(json.dumps(written))
+    assert "(3 steps)" in train(model_folder, first, *OPTIONS, "--steps", 3)
+
+
 def refusal(*arguments):
     result = CliRunner().invoke(main, ["train-drafter", *map(str, arguments)])
     assert result.exit_code == 1, result.output
@@ -165,8 +185,8 @@ def test_samples_of_something_else_are_refused(model_folder, tmp_path):
         assert reason in refusal(model_folder, tmp_path / "out", "--features", 2, "--samples", file)
 
 
-@pytest.mark.parametrize("labels", ["tokens", "target"])
-def test_what_it_learnt_is_accepted(labels):
+@pytest.mark.parametrize("change", [{}, {"labels": "target"}, {"convolution": True}], ids=str)
+def test_what_it_learnt_is_accepted(change):
     """On its own data a drafter gets beyond two tokens a block, and decoding agrees with what training says."""
     model = tiny_model()
     openings = [Opening(({"role": "user", "content": f"question {n}"},), whole=True) for n in range(12)]
@@ -175,7 +195,7 @@ def test_what_it_learnt_is_accepted(labels):
     style = Style(answers=((0.0, 1.0),), answer_tokens=64)
     writer = Writer(model.target, between, slots=8, room=256, style=style)
     samples = writer.write(itertools.cycle(given), tokens=1500).samples.cut(512)
-    recipe = dataclasses.replace(RECIPE, labels=labels)
+    recipe = dataclasses.replace(RECIPE, **change)
     learner = Learner(model.target, recipe.config_for(model.target.config, mask_id=290), recipe)
     state, length, step = learner.start(), 0.0, 0
     batches = list(samples.batches(np.random.default_rng(0), RECIPE.batch_tokens))
@@ -185,10 +205,13 @@ def test_what_it_learnt_is_accepted(labels):
             length, step = float(progress.path_accept_length), step + 1
     assert length >= 2.5
     drafter = Drafter(learner.config, state.parameters, dtype=F32)
-    engine = Engine(dataclasses.replace(model, drafter=drafter), dflash="on", pflash="off")
-    results = [engine.generate(list(opening.messages), max_tokens=48).stats.dflash for opening in openings]
-    engine.close()
-    drafted = [stats for stats in results if stats is not None]
+    answers = {}
+    for dflash in ("on", "off"):
+        engine = Engine(dataclasses.replace(model, drafter=drafter), dflash=dflash, pflash="off")
+        answers[dflash] = [engine.generate(list(opening.messages), max_tokens=48) for opening in openings]
+        engine.close()
+    assert [each.token_ids for each in answers["on"]] == [each.token_ids for each in answers["off"]]
+    drafted = [each.stats.dflash for each in answers["on"]]
     committed, steps = sum(s.committed_tokens for s in drafted), sum(s.verify_steps for s in drafted)
     assert committed / steps > 1.8
 
