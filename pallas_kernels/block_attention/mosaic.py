@@ -208,13 +208,8 @@ def _kernel(
             scores = pl.run_scoped(score, ACC((TILE, KEY_BLOCK), jnp.float32)) * scale
             plgpu.barrier_arrive(keys_done.at[key_slot])
 
-            @pl.when(warpgroup == 0)
-            def _() -> None:
-                plgpu.barrier_arrive(values_done.at[halves[1]])
-
-            @pl.when(warpgroup == 1)
-            def _() -> None:
-                plgpu.barrier_arrive(values_done.at[halves[0]])
+            other = jax.lax.rem(2 * turn + (1 - warpgroup), _VALUE_SLOTS)
+            plgpu.barrier_arrive(values_done.at[other])
 
             token = start + first_row + jax.lax.shift_right_logical(iota(0), jnp.int32(shift))
             seen = block * KEY_BLOCK + iota(1) <= token
