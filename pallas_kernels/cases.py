@@ -619,6 +619,13 @@ LARGE_ATTENTION = (
     AttentionCase(
         "Gemma 4 31B global step, compact, 128K", (131_000,), 16, 32, 4, 512, 128, 1024, dtype="bfloat16", key_dim=128
     ),
+    AttentionCase("SmolLM2 tree, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16", tree=True),
+    AttentionCase("Qwen3-8B tree of 32 rows, 32K", (32_000,), 32, 32, 8, 128, 128, 256, dtype="bfloat16", tree=True),
+    AttentionCase("Qwen3-0.6B chunk, 128K", (129_024,), 1024, 16, 8, 128, 128, 1024, dtype="bfloat16"),
+    AttentionCase("Gemma 4 31B local chunk, 8K", (7168,), 1024, 32, 16, 256, 128, 64, dtype="bfloat16", window=1024),
+    AttentionCase(
+        "Gemma 4 31B global chunk, compact, 8K", (7168,), 1024, 32, 4, 512, 128, 64, dtype="bfloat16", key_dim=128
+    ),
     *(
         AttentionCase(
             f"Gemma 4 31B global tree{of}, compact, {context}",
@@ -635,13 +642,6 @@ LARGE_ATTENTION = (
         )
         for of, rows in (("", 16), (" of 32 rows", 32))
         for context, start, pages in (("32K", 32_000, 256), ("128K", 131_000, 1024))
-    ),
-    AttentionCase("SmolLM2 tree, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16", tree=True),
-    AttentionCase("Qwen3-8B tree of 32 rows, 32K", (32_000,), 32, 32, 8, 128, 128, 256, dtype="bfloat16", tree=True),
-    AttentionCase("Qwen3-0.6B chunk, 128K", (129_024,), 1024, 16, 8, 128, 128, 1024, dtype="bfloat16"),
-    AttentionCase("Gemma 4 31B local chunk, 8K", (7168,), 1024, 32, 16, 256, 128, 64, dtype="bfloat16", window=1024),
-    AttentionCase(
-        "Gemma 4 31B global chunk, compact, 8K", (7168,), 1024, 32, 4, 512, 128, 64, dtype="bfloat16", key_dim=128
     ),
 )
 SMALL_SCORING = (
