@@ -589,6 +589,8 @@ SMALL_ATTENTION = (
     AttentionCase("tree, window smaller than its depth", (50, 3), 24, 4, 2, 32, 16, 5, window=6, tree=True),
     AttentionCase("tree in a ring", (150, 5), 16, 4, 2, 32, 16, 4, window=20, ring=True, tree=True),
     AttentionCase("compact tree", (70, 3), 16, 4, 2, 64, 16, 8, key_dim=16, tree=True),
+    AttentionCase("compact tree, tiles", (300, 0), 16, 8, 1, 512, 64, 6, dtype="bfloat16", key_dim=128, tree=True),
+    AttentionCase("compact tree of 12 rows", (120,), 12, 8, 1, 512, 64, 3, dtype="bfloat16", key_dim=128, tree=True),
 )
 LARGE_ATTENTION = (
     AttentionCase("SmolLM2 step, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16"),
@@ -623,6 +625,23 @@ LARGE_ATTENTION = (
     AttentionCase("Gemma 4 31B local chunk, 8K", (7168,), 1024, 32, 16, 256, 128, 64, dtype="bfloat16", window=1024),
     AttentionCase(
         "Gemma 4 31B global chunk, compact, 8K", (7168,), 1024, 32, 4, 512, 128, 64, dtype="bfloat16", key_dim=128
+    ),
+    *(
+        AttentionCase(
+            f"Gemma 4 31B global tree{of}, compact, {context}",
+            (start,),
+            rows,
+            32,
+            4,
+            512,
+            128,
+            pages,
+            dtype="bfloat16",
+            key_dim=128,
+            tree=True,
+        )
+        for of, rows in (("", 16), (" of 32 rows", 32))
+        for context, start, pages in (("32K", 32_000, 256), ("128K", 131_000, 1024))
     ),
 )
 SMALL_SCORING = (

@@ -14,6 +14,9 @@ GOLDENS = REPOSITORY / "tests" / "goldens"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Commands that tests start inherit this, so that the default model is converted once for all runs in this folder.
 os.environ.setdefault("DFLASH_JAX_CACHE", str(REPOSITORY / ".cache" / "dflash-jax"))
+# Mosaic's interpreter blocks a thread of XLA's pool for each warpgroup that waits for another one, and one for all of
+# them; the pool has as many threads as there are cores, and on two cores some tests would never end.
+os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))
 
 import jax  # noqa: E402  (reads JAX_PLATFORMS when it is imported)
 from jaxtyping import install_import_hook  # noqa: E402

@@ -107,7 +107,7 @@ def compare(
             profile = dataclasses.replace(model.profile, block_rows=rows)
             offering = dataclasses.replace(model, profile=profile)
             for kind, results in _drafted(offering, kinds, readable, answers, asked, options):
-                tree = 0 if kind in SCRIPTED else profile.with_tree(options.get("tree"), model.target.config).tree_rows
+                tree = 0 if kind in SCRIPTED else profile.with_tree(options.get("tree")).tree_rows
                 yield {
                     "drafter": kind,
                     "verify_rows": rows,

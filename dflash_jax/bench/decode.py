@@ -58,7 +58,7 @@ def run(
         **environment(),
         "model": loaded.model_id,
         "temperature": temperature,
-        "tree": loaded.profile.with_tree(tree, loaded.target.config).tree_rows,
+        "tree": loaded.profile.with_tree(tree).tree_rows,
         "rows": [row for row, _, _ in rows],
         "sets": {
             name: _total([row for row in rows if row[0]["set"] == name]) for name in dict.fromkeys(n for n, _ in chats)

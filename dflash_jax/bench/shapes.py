@@ -93,7 +93,7 @@ def run(
     The rows of a block are a `tree` of so many or, with 0, a chain; None is what an engine does.
     """
     config = from_hf(TARGETS[shape])
-    profile = profile_for_device().with_tree(tree, config)
+    profile = profile_for_device().with_tree(tree)
     with progress_bar() as progress:
         progress("random weights", 0, 0)
         target = Decoder(config, _parameters(target_parameters(config), "w4"), dtype=profile.dtype)

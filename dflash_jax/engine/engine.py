@@ -83,11 +83,9 @@ class Engine:
     ) -> None:
         if keep_ratio is not None and not 0 < keep_ratio <= 1:
             raise ValueError(f"keep ratio {keep_ratio} is not in (0, 1]: give the fraction of prompt tokens to keep")
-        model = dataclasses.replace(model, profile=model.profile.with_tree(tree, model.target.config))
+        model = dataclasses.replace(model, profile=model.profile.with_tree(tree))
         if tree and model.drafter is None:
             _warn("a tree needs a drafter, and there is none")
-        elif tree and not model.profile.tree:
-            _warn("trees are off: on this card layers with heads of 512 run a kernel that takes chains only")
         target, scorer, profile = model.target, model.scorer, model.profile
         if dflash == "on" and model.drafter is None:
             _warn("DFlash is on but there is no drafter, so that nothing is drafted: name one (--drafter)")

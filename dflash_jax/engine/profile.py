@@ -9,9 +9,7 @@ import jax.numpy as jnp
 
 from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.ring import Ring, ring_of
-from pallas_kernels.block_attention import mosaic
 from pallas_kernels.block_attention.ancestry import MOST_ROWS
-from pallas_kernels.paged import on_hopper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +57,12 @@ class Profile:
             pages_per_sequence=pages_per_sequence,
         )
 
-    def with_tree(self, rows: int | None, config: ModelConfig) -> Profile:
-        """Steps that draft verify a tree of so many rows, a chain for 0, or what the profile says for None.
-
-        It is a chain all the same for a model whose rows would not have the bits of a chain.
-        """
+    def with_tree(self, rows: int | None) -> Profile:
+        """Steps that draft verify a tree of so many rows, a chain for 0, or what the profile says for None."""
         if rows is not None and (isinstance(rows, bool) or rows == 1 or not 0 <= rows <= MOST_ROWS):
             raise ValueError(f"a tree of {rows} rows: give 2 to {MOST_ROWS}, the anchor's among them, or 0 for a chain")
         wanted = self.tree if rows is None else rows > 0
-        if not wanted or (on_hopper() and _has_wide_heads(config)):
+        if not wanted:
             return dataclasses.replace(self, tree=False)
         return dataclasses.replace(self, block_rows=(rows,) if rows else self.block_rows, tree=True)
 
@@ -105,11 +100,4 @@ def profile_for_device() -> Profile:
         max_steps=16,
         visit_seconds=0.06,
         max_sessions=2,
-    )
-
-
-def _has_wide_heads(config: ModelConfig) -> bool:
-    """Whether layers run the kernel of Hopper cards that takes chains only."""
-    return any(
-        layer.head_dim == mosaic.HEAD_DIM and config.key_width(layer) < layer.head_dim for layer in config.layers
     )

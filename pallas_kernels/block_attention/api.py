@@ -58,7 +58,8 @@ def block_attention(
     if implementation is None:
         implementation = default_implementation(page_size, key_pool.shape[2], value_pool.shape[2])
         options = {"page_size": page_size, "window": window, "causal": causal, "compact": compact}
-        if on_hopper() and tree is None and mosaic.why_not(queries, key_pool, value_pool, **options) is None:
+        options["tree"] = tree is not None
+        if on_hopper() and mosaic.why_not(queries, key_pool, value_pool, **options) is None:
             implementation = "mosaic"
     return IMPLEMENTATIONS[implementation].block_attention(
         queries,

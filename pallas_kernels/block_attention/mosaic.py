@@ -10,6 +10,10 @@ in its registers. A third warpgroup copies keys and values to shared memory ahea
       warpgroup 2      copies: keys [64, K] (two slots), halves of the values [64, 256] (three slots)
 
 Splits, masks and results are those of triton.py; combine.py puts the splits together.
+
+Rows of a tree read the blocks before the tree as a chain does. Then, in the splits that own them, come the blocks where
+the tree is stored, once for each path of the tile's rows (paths.py): XLA has gathered these keys and values in the
+order of a chain, and lines of rows that another path takes are masked.
 """
 
 from __future__ import annotations
@@ -24,9 +28,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_attention.ancestry import Ancestry
+from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
+from pallas_kernels.block_attention.paths import Paths, paths_of
 from pallas_kernels.online_softmax import LOWEST
+from pallas_kernels.paged import pool_rows
 
 TILE = 64
 """Lines of a program: what the large matrix instruction of a warpgroup takes."""
@@ -35,10 +41,22 @@ HEAD_DIM, _HALF = 512, 256
 _PROGRAMS = 132
 """One for each multiprocessor of an H100: shared memory holds no second one."""
 _KEY_SLOTS, _VALUE_SLOTS = 2, 3
+_TREE_BLOCKS = 2
+"""Blocks of keys that the rows of a tree may lie in."""
+_ALL_SEEN = KEY_BLOCK * 0x01010101
+"""A row sees all keys of a block: a byte for each of four rows."""
 
 
 def why_not(
-    queries: Any, key_pool: Any, value_pool: Any, *, page_size: int, window: int | None, causal: bool, compact: bool
+    queries: Any,
+    key_pool: Any,
+    value_pool: Any,
+    *,
+    page_size: int,
+    window: int | None,
+    causal: bool,
+    compact: bool,
+    tree: bool,
 ) -> str | None:
     """What the kernel cannot take about these arguments, as the end of a sentence; None when it can."""
     rows, heads = queries.shape[1:3]
@@ -53,7 +71,7 @@ def why_not(
         return "takes causal attention without a window"
     if page_size % KEY_BLOCK:
         return f"takes pages of a multiple of {KEY_BLOCK} tokens, got {page_size}"
-    if group not in (8, 16, 32, 64) or rows * group % TILE:
+    if group not in (8, 16, 32, 64) or (rows * group % TILE and not tree):
         return f"takes a multiple of {TILE} lines by groups of 8 to {TILE}, got {rows} rows of groups of {group}"
     return None
 
@@ -75,18 +93,17 @@ def block_attention(
     compact: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """See `api.block_attention`. Raises NotImplementedError for trees and for what `why_not` names."""
-    if tree is not None:
-        raise NotImplementedError("block_attention on Mosaic takes rows that are a chain, got a tree")
+    """See `api.block_attention`. Raises NotImplementedError for what `why_not` names."""
     options = {"page_size": page_size, "window": window, "causal": causal, "compact": compact}
-    if ring or (reason := why_not(queries, key_pool, value_pool, **options)):
+    if ring or (reason := why_not(queries, key_pool, value_pool, **options, tree=tree is not None)):
         raise NotImplementedError(f"block_attention on Mosaic {'takes no ring of pages' if ring else reason}")
     batch, rows, heads, _ = queries.shape
     kv_heads, key_dim = key_pool.shape[1:]
     group = heads // kv_heads
-    tiles = rows * group // TILE
+    tiles = -(-rows * group // TILE)
+    tiles_alike = tiles if tree is None else -(-STEP_ROWS * group // TILE)
     blocks = page_table.shape[1] * page_size // KEY_BLOCK
-    splits = splits_for(_PROGRAMS // (batch * kv_heads * tiles), blocks)
+    splits = splits_for(_PROGRAMS // (batch * kv_heads * tiles_alike), blocks)
     shape = (splits, batch, kv_heads, tiles * TILE)
     tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
@@ -102,6 +119,11 @@ def block_attention(
         scale=scale,
         interpret=interpret,
     )
+    of_tree = ()
+    if tree is not None:
+        paths = paths_of(tree, starts, TILE // group)
+        keys, values = _gathered(key_pool, value_pool, page_table, starts, tree, paths, page_size)
+        kernel, of_tree = _taking_paths(kernel), (paths.counts, _keys_seen(paths.last_seen, starts), keys, values)
     how: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
     if interpret:
         how = {"interpret": _interpreter()}
@@ -127,8 +149,41 @@ def block_attention(
             plgpu.Barrier(num_arrivals=2, num_barriers=_VALUE_SLOTS),
         ],
         **how,
-    )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts)
+    )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts, *of_tree)
     return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
+
+
+def _gathered(
+    key_pool: Array, value_pool: Array, page_table: Array, starts: Array, tree: Ancestry, paths: Paths, page_size: int
+) -> tuple[Float[Array, "paths*keys kv_heads K"], Float[Array, "paths*keys kv_heads D"]]:
+    """K and V of all paths (of slots, of tiles): the blocks that the tree may lie in, in the order of a chain."""
+    token = (starts // KEY_BLOCK * KEY_BLOCK)[:, None] + jnp.arange(_TREE_BLOCKS * KEY_BLOCK, dtype=jnp.int32)[None]
+    stored = tree.stored(starts, token)  # [B, T, keys]
+    of_paths = jnp.take_along_axis(stored, paths.ends.reshape(len(starts), -1, 1), axis=1)
+    at = pool_rows(of_paths.reshape(len(starts), -1), page_table, page_size, ring=False).reshape(-1)
+    return jnp.take(key_pool, at, axis=0, mode="clip"), jnp.take(value_pool, at, axis=0, mode="clip")
+
+
+def _keys_seen(
+    last_seen: Int[Array, "B tiles paths rows"], starts: Int[Array, " B"]
+) -> Int[Array, "B tiles paths blocks words"]:
+    """How many keys of each of the tree's blocks a row sees on a path: a byte for a row, four in a word."""
+    first = (starts // KEY_BLOCK * KEY_BLOCK)[:, None] + KEY_BLOCK * jnp.arange(_TREE_BLOCKS, dtype=jnp.int32)[None]
+    seen = jnp.clip(last_seen[:, :, :, None] + 1 - first[:, None, None, :, None], 0, KEY_BLOCK)
+    words = -(-seen.shape[-1] // 4)
+    seen = jnp.pad(seen, [(0, 0)] * 4 + [(0, 4 * words - seen.shape[-1])]).reshape(*seen.shape[:-1], words, 4)
+    return jnp.sum(jnp.left_shift(seen, 8 * jax.lax.broadcasted_iota(jnp.int32, seen.shape, 5)), axis=-1)
+
+
+def _byte_of(words: list[Array], number: Array) -> Array:
+    """The byte of this number in one or two words of four."""
+    word = jnp.full_like(number, words[0]) if len(words) == 1 else jnp.where(number < 4, *words)
+    return jax.lax.shift_right_logical(word, (number & 3) * 8) & 255
+
+
+def _taking_paths(kernel: Any) -> Any:
+    """The kernel with what a tree brings, which stands behind the other arguments."""
+    return lambda *refs: kernel(*refs[:5], *refs[9:], paths=refs[5:9])
 
 
 def _interpreter() -> Any:
@@ -161,6 +216,7 @@ def _kernel(
     page_size: int,
     scale: float,
     interpret: bool,
+    paths: tuple[Any, Any, Any, Any] | None = None,
 ) -> None:
     place, head, tile = (jax.lax.axis_index(name) for name in ("place", "head", "tile"))
     warpgroup = jax.lax.axis_index("warpgroup")
@@ -168,9 +224,33 @@ def _kernel(
     rows = TILE // group
     first_row = tile * rows
     start = starts_ref[slot]
-    end = jnp.minimum(jax.lax.div(start + first_row + (rows - 1), KEY_BLOCK) + 1, blocks)
-    visits = jax.lax.div(jnp.maximum(end - split, 0) + (splits - 1), splits)
-    key_dim = key_ref.shape[2]
+    all_rows, key_dim = query_ref.shape[1], key_ref.shape[2]
+    if paths is None:
+        end = jnp.minimum(jax.lax.div(start + first_row + (rows - 1), KEY_BLOCK) + 1, blocks)
+    else:
+        end = tree_block = jnp.minimum(jax.lax.div(start, KEY_BLOCK), blocks)
+    visits = shared = jax.lax.div(jnp.maximum(end - split, 0) + (splits - 1), splits)
+    if paths is not None:
+        counts_ref, seen_ref, path_keys_ref, path_values_ref = paths
+        count = counts_ref[slot, tile]
+        last_block = jnp.minimum(jax.lax.div(start + (all_rows - 1), KEY_BLOCK), blocks - 1)
+        owns = [
+            (jax.lax.rem(tree_block + number, splits) == split) & (tree_block + number <= last_block)
+            for number in range(_TREE_BLOCKS)
+        ]
+        visits = shared + count * (owns[0].astype(jnp.int32) + owns[1].astype(jnp.int32))
+
+    def of_path(turn: Array) -> tuple[Array, Array]:
+        """The path of a turn behind those of the shared blocks, and which of the tree's blocks it is."""
+        behind = turn - shared
+        again = owns[0] & (behind >= count)
+        return jnp.where(again, behind - count, behind), (again | ~owns[0]).astype(jnp.int32)
+
+    def keys_seen(turn: Array) -> list[Array]:
+        """How many keys of a turn's block each row sees, a byte for each."""
+        path, number = of_path(jnp.maximum(turn, shared))
+        words = [seen_ref[slot, tile, path, number, word] for word in range(seen_ref.shape[4])]
+        return [jnp.where(turn < shared, _ALL_SEEN, word) for word in words]
 
     @pl.when(warpgroup < 2)
     def _compute() -> None:
@@ -187,12 +267,14 @@ def _kernel(
                 return jax.lax.broadcasted_iota(jnp.int32, sizes, axis)
             return plgpu.broadcasted_iota(jnp.int32, sizes, axis, layout=layout)
 
+        def row_of_line() -> Array:
+            return jax.lax.shift_right_logical(iota(0), jnp.int32(group.bit_length() - 1))
+
         plgpu.barrier_wait(queries_here)
-        shift = group.bit_length() - 1
 
         def visit(turn: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             highest, total, mixed = sums
-            block = split + turn * splits
+            block, of_rows = split + turn * splits, None if paths is None else keys_seen(turn)
             key_slot = jax.lax.rem(turn, _KEY_SLOTS)
             halves = [jax.lax.rem(2 * turn + half, _VALUE_SLOTS) for half in range(2)]
 
@@ -208,16 +290,14 @@ def _kernel(
             scores = pl.run_scoped(score, ACC((TILE, KEY_BLOCK), jnp.float32)) * scale
             plgpu.barrier_arrive(keys_done.at[key_slot])
 
-            @pl.when(warpgroup == 0)
-            def _() -> None:
-                plgpu.barrier_arrive(values_done.at[halves[1]])
+            other = jax.lax.rem(2 * turn + (1 - warpgroup), _VALUE_SLOTS)
+            plgpu.barrier_arrive(values_done.at[other])
 
-            @pl.when(warpgroup == 1)
-            def _() -> None:
-                plgpu.barrier_arrive(values_done.at[halves[0]])
-
-            token = start + first_row + jax.lax.shift_right_logical(iota(0), jnp.int32(shift))
-            seen = block * KEY_BLOCK + iota(1) <= token
+            if of_rows is None:
+                token = start + first_row + row_of_line()
+                seen = block * KEY_BLOCK + iota(1) <= token
+            else:
+                seen = iota(1) < _byte_of(of_rows, row_of_line())
             scores = jnp.where(seen, scores, LOWEST)
             new_highest = jnp.maximum(highest, scores.max(axis=1))
             weights = jnp.exp(scores - jax.lax.broadcast_in_dim(new_highest, scores.shape, [0]))
@@ -257,20 +337,39 @@ def _kernel(
         if not interpret:
             plgpu.set_max_registers(40, action="decrease")
         for row in range(rows):
-            of_row = query_ref.at[slot, first_row + row, pl.ds(head * group, group)]
+            number = first_row + row
+            if all_rows % rows:  # what the last tile has too many is masked
+                number = jnp.minimum(number, all_rows - 1)
+            of_row = query_ref.at[slot, number, pl.ds(head * group, group)]
             plgpu.copy_gmem_to_smem(of_row, queries.at[pl.ds(row * group, group)], queries_here)
 
-        def copy(turn: Array, _: None) -> None:
-            token = (split + turn * splits) * KEY_BLOCK
+        def places(turn: Array) -> list[tuple[bool | Array, Any, Any, Any]]:
+            """Where a turn's block begins: pools of keys and values and a place in both, each under a condition."""
+            of_pools = turn if paths is None else jnp.clip(turn, 0, jnp.maximum(shared - 1, 0))
+            token = (split + of_pools * splits) * KEY_BLOCK
             page = table_ref[slot, jax.lax.div(token, page_size)]
             at = pl.ds(page * page_size + jax.lax.rem(token, page_size), KEY_BLOCK)
+            if paths is None:
+                return [(True, key_ref, value_ref, at)]
+            path, number = of_path(turn)
+            before = (slot * -(-all_rows // rows) + tile) * rows + path
+            gathered = pl.ds((before * _TREE_BLOCKS + number) * KEY_BLOCK, KEY_BLOCK)
+            return [
+                (turn < shared, key_ref, value_ref, at),
+                (turn >= shared, path_keys_ref, path_values_ref, gathered),
+            ]
+
+        def copy(turn: Array, _: None) -> None:
+            of_turn = places(turn)
             key_slot = jax.lax.rem(turn, _KEY_SLOTS)
 
             @pl.when(turn >= _KEY_SLOTS)
             def _() -> None:
                 plgpu.barrier_wait(keys_done.at[key_slot])
 
-            plgpu.copy_gmem_to_smem(key_ref.at[at, head], keys.at[key_slot], keys_here.at[key_slot])
+            for condition, source, _, at in of_turn:
+                to_keys = (keys.at[key_slot], keys_here.at[key_slot])
+                pl.when(condition)(functools.partial(plgpu.copy_gmem_to_smem, source.at[at, head], *to_keys))
             for half in range(2):
                 number = 2 * turn + half
                 value_slot = jax.lax.rem(number, _VALUE_SLOTS)
@@ -279,8 +378,10 @@ def _kernel(
                 def _(value_slot: Array = value_slot) -> None:
                     plgpu.barrier_wait(values_done.at[value_slot])
 
-                source = value_ref.at[at, head, pl.ds(half * _HALF, _HALF)]
-                plgpu.copy_gmem_to_smem(source, values.at[value_slot], values_here.at[value_slot])
+                for condition, _, source, at in of_turn:
+                    columns, to_values = pl.ds(half * _HALF, _HALF), (values.at[value_slot], values_here.at[value_slot])
+                    source_half = source.at[at, head, columns]
+                    pl.when(condition)(functools.partial(plgpu.copy_gmem_to_smem, source_half, *to_values))
 
         jax.lax.fori_loop(0, visits, copy, None)
         for count, done, copied in ((_KEY_SLOTS, keys_done, visits), (_VALUE_SLOTS, values_done, 2 * visits)):

@@ -84,7 +84,7 @@ def block_attention(
         """Every row of a tree has the keys of its own ancestors where a chain of them would have its rows."""
         assert tree is not None
         token = page * page_size + jnp.arange(page_size, dtype=jnp.int32)
-        place = pool_rows(tree.stored(starts, token).reshape(batch, -1), page_table, page_size, ring=ring)
+        place = pool_rows(tree.stored(starts, token[None]).reshape(batch, -1), page_table, page_size, ring=ring)
         place = place.reshape(batch, rows, page_size)
         keys, values = (pool[place].transpose(0, 3, 1, 2, 4) for pool in (key_pool, value_pool))
         keys = jnp.concatenate([keys, values], axis=-1) if compact else keys  # [B, kv_heads, T, page, Q]

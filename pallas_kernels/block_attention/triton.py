@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_attention.ancestry import Ancestry
+from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
 from pallas_kernels.online_softmax import LEAST_TILE, Sums, add_keys, no_sums, precision_of
 from pallas_kernels.paged import pool_row, why_not
@@ -38,8 +38,6 @@ from pallas_kernels.tuning import tuned
 TUNED = Path(__file__).with_name("tuned.json")
 CHUNK = 128
 """From so many lines per KV head on it is a chunk of a prompt, and not a step."""
-_STEP_ROWS = 16
-"""A tree is cut as a step of so many rows is, so that rows of both have the same bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +111,7 @@ def block_attention(
     group = heads // kv_heads
     if reason := why_not(page_size, key_pool.shape[2], head_dim):
         raise NotImplementedError(f"block_attention on Triton {reason}")
-    alike = rows if tree is None else _STEP_ROWS
+    alike = rows if tree is None else STEP_ROWS
     config = config or config_for(alike * group, key_pool.shape[2], head_dim, key_pool.dtype.itemsize)
     tile = min(config.tile, max(LEAST_TILE, pl.next_power_of_2(alike * group)))
     tiles = -(-rows * group // tile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from pallas_kernels.block_attention import api as block_attention
 from pallas_kernels.block_attention import mosaic as attention_mosaic
 from pallas_kernels.block_attention import triton as attention_triton
-from pallas_kernels.block_attention.ancestry import Ancestry
+from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.cases import (
     LARGE_ATTENTION,
     LARGE_SCORING,
@@ -40,6 +41,9 @@ SCORING = {
     "reference": functools.partial(token_scoring.token_scores, implementation="reference"),
     "triton": functools.partial(scoring_triton.token_scores, interpret=True),
 }
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Mosaic's interpreter of jax 0.10 knows no transposed slice"
+)
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
 
@@ -92,9 +96,10 @@ def test_attention_is_a_dense_softmax(case: AttentionCase, implementation: str) 
     np.testing.assert_allclose(out, dense_attention(case), atol=tolerance(case.dtype), rtol=tolerance(case.dtype))
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter knows no transposed slice")
-def test_mosaic_is_a_dense_softmax() -> None:
-    case = next(case for case in SMALL_ATTENTION if case.name == "compact head of 512, tiles")
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("name", ["compact head of 512, tiles", "compact tree, tiles", "compact tree of 12 rows"])
+def test_mosaic_is_a_dense_softmax(name: str) -> None:
+    case = next(case for case in SMALL_ATTENTION if case.name == name)
     positional, keywords = case.arguments()
     out = np.asarray(attention_mosaic.block_attention(*positional, **keywords, interpret=True), np.float32)
     np.testing.assert_allclose(out, dense_attention(case), atol=tolerance(case.dtype), rtol=tolerance(case.dtype))
@@ -132,22 +137,67 @@ def test_a_tree_that_is_a_chain_has_the_bits_of_a_block(implementation: str) -> 
 )
 def test_a_node_has_the_bits_of_a_chain_of_its_ancestors(name: str, implementation: str) -> None:
     case = next(case for case in SMALL_ATTENTION if case.name == name)
-    (queries, keys, values, table, starts, tree), keywords = case.arguments()
-    attend = jax.jit(functools.partial(ATTENTION[implementation], **keywords))
+    arguments, keywords = case.arguments()
+    compare_nodes(case, arguments, functools.partial(ATTENTION[implementation], **keywords), range(case.rows))
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize(
+    ("starts", "rows", "heads", "page_size", "nodes"),
+    [
+        ((130,), 8, 8, 64, (0, 3, 6, 7)),
+        ((120,), 16, 8, 64, (0, 7, 10, 15)),
+        ((250,), 16, 8, 128, (3, 9, 14)),
+        ((0,), 16, 8, 64, (0, 12)),
+        ((101,), 32, 8, 64, (2, 20, 31)),
+        ((126,), 12, 16, 64, (1, 6, 11)),
+        ((190, 0, 63, 130), 16, 8, 64, (0, 13)),
+    ],
+    ids=["one block", "two blocks", "page's end", "nothing before", "32 rows", "part of a tile", "four slots"],
+)
+def test_a_node_has_the_bits_of_a_plain_step_on_mosaic(
+    starts: tuple[int, ...], rows: int, heads: int, page_size: int, nodes: Iterable[int]
+) -> None:
+    """Queries of f32 for results of f32, which show every bit.
+
+    Scores must be exact: the interpreter multiplies with numpy, which rounds a row's sums by where the row stands.
+    """
+    pages = (max(starts) + rows) // page_size + 1
+    case = AttentionCase("", starts, rows, heads, 1, 512, page_size, pages, dtype="bfloat16", key_dim=128, tree=True)
+    (*arrays, table, tokens, tree), keywords = case.arguments()
+    queries, keys, values = (jnp.round(array.astype(jnp.float32) * 2) / 2 for array in arrays)
+    pools = (keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16))
+    attend = functools.partial(attention_mosaic.block_attention, **keywords, interpret=True)
+    compare_nodes(case, (queries, *pools, table, tokens, tree), attend, nodes, step=STEP_ROWS)
+
+
+def compare_nodes(
+    case: AttentionCase, arguments: tuple[Any, ...], function: Any, nodes: Iterable[int], *, step: int | None = None
+) -> None:
+    """Nodes of a tree have the bits that they have in a chain of their ancestors, at the end of a `step` of rows."""
+    queries, keys, values, table, starts, tree = arguments
+    step = step or case.rows
+    attend = jax.jit(function)
     of_tree = np.asarray(attend(queries, keys, values, table, starts, tree))
 
-    def place(token: int) -> int:
+    def place(slot: int, token: int) -> int:
         number, offset = divmod(token, case.page_size)
-        return int(table[0, number % case.pages]) * case.page_size + offset
+        return int(table[slot, number % case.pages]) * case.page_size + offset
 
-    for node in range(case.rows):
-        chain = np.flatnonzero(int(tree.sees[0, node]) >> np.arange(case.rows) & 1)
-        source = jnp.asarray([place(int(starts[0]) + int(row)) for row in chain])
-        target = jnp.asarray([place(int(starts[0]) + depth) for depth in range(len(chain))])
-        moved = [pool.at[target].set(pool[source]) for pool in (keys, values)]
-        in_order = queries.at[0, : len(chain)].set(queries[0, chain])
-        of_chain = np.asarray(attend(in_order, *moved, table, starts))
-        assert np.array_equal(of_tree[0, node], of_chain[0, len(chain) - 1])
+    for node in nodes:
+        in_order = np.zeros((len(case.lengths), step, *queries.shape[2:]), np.float32)
+        before, last, source, target = [], [], [], []
+        for slot, start in enumerate(case.lengths):
+            chain = np.flatnonzero(int(tree.sees[slot, node]) >> np.arange(case.rows) & 1)
+            source += [place(slot, start + int(row)) for row in chain]
+            target += [place(slot, start + depth) for depth in range(len(chain))]
+            before.append(max(0, len(chain) - step))  # rows of the chain that earlier steps have committed
+            last.append(len(chain) - before[-1] - 1)
+            in_order[slot, : last[-1] + 1] = queries[slot, chain[before[-1] :]]
+        moved = [pool.at[jnp.asarray(target)].set(pool[jnp.asarray(source)]) for pool in (keys, values)]
+        of_chain = attend(jnp.asarray(in_order, queries.dtype), *moved, table, starts + jnp.asarray(before, jnp.int32))
+        slots = np.arange(len(last))
+        assert np.array_equal(of_tree[slots, node], np.asarray(of_chain)[slots, last])
 
 
 @pytest.mark.parametrize("implementation", ATTENTION)
@@ -222,7 +272,7 @@ def test_attention_lowers_for_cuda(case: AttentionCase) -> None:
 
 def test_mosaic_lowers_for_cuda() -> None:
     cases = [case for case in [*SMALL_ATTENTION, *LARGE_ATTENTION] if "mosaic" in OPERATIONS[0].kernels(case)]
-    assert len(cases) >= 4
+    assert len(cases) >= 10
     for case in cases:
         positional, keywords = shapes(case)
         assert "mosaic" in lower(functools.partial(attention_mosaic.block_attention, **keywords), positional)
@@ -234,6 +284,35 @@ def test_what_mosaic_does_not_take_is_named(change: dict[str, Any]) -> None:
     positional, keywords = shapes(dataclasses.replace(case, **change))
     with pytest.raises(NotImplementedError, match="on Mosaic takes"):
         jax.eval_shape(functools.partial(attention_mosaic.block_attention, **keywords), *positional)
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32])
+def test_a_tree_on_mosaic_has_the_splits_of_a_plain_step(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = AttentionCase("", (8_000,), rows, 32, 4, 512, 128, 256, dtype="bfloat16", key_dim=128, tree=True)
+    found = []
+
+    def combine(mixed: jax.Array, *_: Any, **__: Any) -> jax.Array:
+        found.append(mixed.shape[0])
+        return mixed
+
+    monkeypatch.setattr(attention_mosaic, "combine", combine)
+    for each in (case, dataclasses.replace(case, rows=STEP_ROWS, tree=False)):
+        positional, keywords = shapes(each)
+        jax.eval_shape(functools.partial(attention_mosaic.block_attention.__wrapped__, **keywords), *positional)
+    assert found == [16, 16]
+
+
+@pytest.mark.parametrize("group", [4, 8, 16, 32, 64])
+def test_mosaic_takes_the_trees_of_models_whose_plain_steps_it_takes(group: int) -> None:
+    """Or rows of a tree would not have the bits of plain decoding."""
+
+    def takes(rows: int, *, tree: bool) -> bool:
+        case = AttentionCase("", (70,), rows, group, 1, 512, 64, 6, dtype="bfloat16", key_dim=128, tree=tree)
+        (queries, keys, values, *_), _ = shapes(case)
+        options: dict[str, Any] = {"page_size": 64, "window": None, "causal": True, "compact": True}
+        return attention_mosaic.why_not(queries, keys, values, **options, tree=tree) is None
+
+    assert all(takes(rows, tree=True) == takes(STEP_ROWS, tree=False) for rows in range(2, 33))
 
 
 @pytest.mark.parametrize("case", [*SMALL_SCORING, *LARGE_SCORING], ids=lambda case: case.name)
