@@ -22,6 +22,7 @@ from pallas_kernels.cases import (
     LARGE_ATTENTION_ROWS,
     LARGE_BEST_TOKENS,
     LARGE_DRAFT_TREE,
+    LARGE_GROUPED,
     LARGE_MATMUL,
     LARGE_MOVE_ROWS,
     LARGE_RESIDUAL_NORM,
@@ -32,6 +33,7 @@ from pallas_kernels.cases import (
     SMALL_ATTENTION_ROWS,
     SMALL_BEST_TOKENS,
     SMALL_DRAFT_TREE,
+    SMALL_GROUPED,
     SMALL_MATMUL,
     SMALL_MOVE_ROWS,
     SMALL_RESIDUAL_NORM,
@@ -41,6 +43,7 @@ from pallas_kernels.cases import (
     Seed,
 )
 from pallas_kernels.draft_tree.api import draft_tree
+from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.move_rows.api import move_rows
 from pallas_kernels.paged import on_hopper
 from pallas_kernels.quantised_matmul.api import matmul
@@ -225,6 +228,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("sparse_selection", listed_blocks, SMALL_SELECTION, LARGE_SELECTION, differing_blocks),
     Operation("sparse_attention", attend_blocks, SMALL_SPARSE, LARGE_SPARSE),
     Operation("quantised_matmul", matmul, SMALL_MATMUL, LARGE_MATMUL),
+    Operation("grouped_matmul", grouped_matmul, SMALL_GROUPED, LARGE_GROUPED),
     Operation("residual_norm", stream_and_norm, SMALL_RESIDUAL_NORM, LARGE_RESIDUAL_NORM),
     Operation("attention_rows", written_rows, SMALL_ATTENTION_ROWS, LARGE_ATTENTION_ROWS),
     Operation("best_tokens", best_ids, SMALL_BEST_TOKENS, LARGE_BEST_TOKENS, differing_share),

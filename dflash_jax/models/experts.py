@@ -39,14 +39,12 @@ class Experts(nnx.Module):
         """`x` is the residual stream before the feed-forward norm."""
         rows = x.reshape(-1, x.shape[-1])
         weights, chosen = self._route(rows)
-        count, active = len(rows), self.config.active
-        order = jnp.argsort(chosen.reshape(-1), stable=True)  # [rows * active], by expert
-        sizes = jnp.bincount(chosen.reshape(-1), length=self.config.count)
-        sorted_rows = jnp.take(self.norm(rows), order // active, axis=0)
-        gate, up = jnp.split(grouped_matmul(sorted_rows, self.gate_up.get_value(), sizes), 2, axis=-1)
-        narrow = ACTIVATIONS[self.activation](gate) * up
-        parts = grouped_matmul(narrow, self.down.get_value(), sizes)
-        back = jnp.take(parts, jnp.argsort(order), axis=0).reshape(count, active, -1)
+        groups = {"groups": self.config.count}
+        activation = ACTIVATIONS[self.activation]
+        narrow = grouped_matmul(self.norm(rows), self.gate_up.get_value(), chosen, activation=activation, **groups)
+        each = narrow.reshape(-1, narrow.shape[-1])  # [rows * active, width]
+        parts = grouped_matmul(each, self.down.get_value(), chosen.reshape(-1, 1), **groups)
+        back = parts.reshape(*chosen.shape, -1)
         mixed = jnp.sum(back * weights[:, :, None].astype(back.dtype), axis=1)
         return self.post_norm(mixed).reshape(x.shape)
 
