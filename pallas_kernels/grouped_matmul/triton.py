@@ -160,8 +160,10 @@ def _sorted(chosen: Int[Array, " pairs"], groups: int) -> tuple[Int[Array, " pai
 def _kernel(x_ref, *refs, shape: _Shape, tile: int, lists: int, interpret: bool) -> None:
     weight_refs, out_ref = refs[lists:-1], refs[-1]
     column, group = pl.program_id(0), pl.program_id(1)
-    members = _listed if lists == 1 else _in_order
-    count, places_of = members(*refs[:lists], group, shape)
+    if lists == 1:
+        count, places_of = _listed(refs[0], group, shape)
+    else:
+        count, places_of = _in_order(refs[0], refs[1], group, shape)
     first = group * shape.outputs + column * tile
     halves = range(1 if shape.activation is None else 2)
     outputs = [pl.ds(first + half * shape.width, tile) for half in halves]
@@ -232,7 +234,7 @@ def _products(load, weight_refs, outputs, shape: _Shape, interpret: bool):
         planes = [load(block * BLOCK + plane * PLANE, PLANE) for plane in range(4)]
         per_plane = {"per_plane": shape.group_size != BLOCK, "interpret": interpret}
         return tuple(
-            add_w4(total, planes.__getitem__, values_ref, *scales_refs, block, tile, **per_plane)
+            add_w4(total, planes.__getitem__, values_ref, scales_refs[0], block, tile, **per_plane)
             for total, tile in zip(totals, outputs, strict=True)
         )
 

@@ -206,7 +206,7 @@ def add_w4(
     words_ref: Any,
     scales_ref: Any,
     block: Array,
-    outputs: pl.Slice,
+    outputs: Any,
     *,
     per_plane: bool,
     interpret: bool,
