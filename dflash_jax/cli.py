@@ -384,7 +384,9 @@ def bench() -> None:
 @click.option("--dflash", type=click.Choice(["auto", "on"]), default="on", show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
 @_tree
-@click.option("--shape", type=click.Choice(["gemma4-31b", "gemma4-12b", "qwen3-8b"]), help="A big model's sizes.")
+@click.option(
+    "--shape", type=click.Choice(["gemma4-31b", "gemma4-12b", "gemma4-26b", "qwen3-8b"]), help="A big model's sizes."
+)
 @click.option("--random", "random_weights", is_flag=True, help="Random weights for --shape; no MODEL is read.")
 @click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="With --shape; may be repeated.")
 def decode(

@@ -22,6 +22,9 @@ from pallas_kernels.cases import (
     LARGE_ATTENTION_ROWS,
     LARGE_BEST_TOKENS,
     LARGE_DRAFT_TREE,
+    LARGE_EXPERT_CHOICE,
+    LARGE_EXPERT_SUM,
+    LARGE_GROUPED,
     LARGE_MATMUL,
     LARGE_MOVE_ROWS,
     LARGE_RESIDUAL_NORM,
@@ -32,6 +35,9 @@ from pallas_kernels.cases import (
     SMALL_ATTENTION_ROWS,
     SMALL_BEST_TOKENS,
     SMALL_DRAFT_TREE,
+    SMALL_EXPERT_CHOICE,
+    SMALL_EXPERT_SUM,
+    SMALL_GROUPED,
     SMALL_MATMUL,
     SMALL_MOVE_ROWS,
     SMALL_RESIDUAL_NORM,
@@ -41,6 +47,9 @@ from pallas_kernels.cases import (
     Seed,
 )
 from pallas_kernels.draft_tree.api import draft_tree
+from pallas_kernels.expert_choice.api import choose_experts
+from pallas_kernels.expert_sum.api import expert_sum
+from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.move_rows.api import move_rows
 from pallas_kernels.paged import on_hopper
 from pallas_kernels.quantised_matmul.api import matmul
@@ -160,6 +169,15 @@ def best_ids(*arguments: Any, **keywords: Any) -> jax.Array:
     return best_tokens(*arguments, **keywords).astype(jnp.float32)
 
 
+def weights_and_rows(*arguments: Any, **keywords: Any) -> jax.Array:
+    """Weights by expert, which few experts have, beside the normed rows; ten times, to be as large as these."""
+    choice = choose_experts(*arguments, **keywords)
+    router = arguments[1]
+    by_expert = jnp.zeros((len(choice.chosen), len(router)), jnp.float32)
+    by_expert = jnp.put_along_axis(by_expert, choice.chosen, 10 * choice.weights, axis=1, inplace=False)
+    return jnp.concatenate([by_expert, choice.normed.astype(jnp.float32)], axis=1)
+
+
 def nodes_of_tree(*arguments: Any, **keywords: Any) -> jax.Array:
     """All numbers of a tree."""
     leaves = jax.tree.leaves(draft_tree(*arguments, **keywords))
@@ -225,6 +243,9 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("sparse_selection", listed_blocks, SMALL_SELECTION, LARGE_SELECTION, differing_blocks),
     Operation("sparse_attention", attend_blocks, SMALL_SPARSE, LARGE_SPARSE),
     Operation("quantised_matmul", matmul, SMALL_MATMUL, LARGE_MATMUL),
+    Operation("grouped_matmul", grouped_matmul, SMALL_GROUPED, LARGE_GROUPED),
+    Operation("expert_choice", weights_and_rows, SMALL_EXPERT_CHOICE, LARGE_EXPERT_CHOICE),
+    Operation("expert_sum", expert_sum, SMALL_EXPERT_SUM, LARGE_EXPERT_SUM),
     Operation("residual_norm", stream_and_norm, SMALL_RESIDUAL_NORM, LARGE_RESIDUAL_NORM),
     Operation("attention_rows", written_rows, SMALL_ATTENTION_ROWS, LARGE_ATTENTION_ROWS),
     Operation("best_tokens", best_ids, SMALL_BEST_TOKENS, LARGE_BEST_TOKENS, differing_share),

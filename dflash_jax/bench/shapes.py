@@ -7,6 +7,7 @@ are compared all the same.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.formats import stored_format
+from checkpoints.formats import stored_bytes, stored_format
 from dflash_jax.bench.report import BANDWIDTH, environment, write
 from dflash_jax.compress.score import early_exit
 from dflash_jax.console import progress_bar
@@ -62,6 +63,19 @@ TARGETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "num_global_key_value_heads": 1,
     },
+    "gemma4-26b": {
+        **_GEMMA4,
+        "num_hidden_layers": 30,
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+    },
     "qwen3-8b": {
         **_QWEN3,
         "num_hidden_layers": 36,
@@ -76,6 +90,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 _DRAFTERS: dict[str, dict[str, Any]] = {
     "gemma4-31b": {"heads": (64, 8), "width": 10_752, "targets": (1, 12, 23, 35, 46, 57)},
     "gemma4-12b": {"heads": (32, 8), "width": 7680, "targets": (5, 17, 29, 41, 46)},
+    "gemma4-26b": {"heads": (32, 8), "width": 5632, "targets": (1, 6, 11, 17, 22, 27)},
     "qwen3-8b": {"heads": (32, 8), "width": 12_288, "targets": (1, 9, 17, 25, 33)},
 }
 _DRAFTER_LAYERS, _DRAFTER_WINDOW = 5, 2048
@@ -112,7 +127,7 @@ def run(
             ring=ring,
             num_ring_pages=ring.width + 1 if ring else 1,
         )
-        sizes = (weight_bytes(target), weight_bytes(drafter))
+        sizes = (weight_bytes(target) - _expert_bytes(config), weight_bytes(drafter))
         del target, drafter
         rows = []
         for context in contexts:
@@ -130,15 +145,18 @@ def _row(programs: Programs, config: ModelConfig, context: int, sizes: tuple[int
     (step, plain), (block, drafted) = (_visit(programs, context, rows) for rows in kinds)
     kv = _kv_bytes(config, context, programs.profile.dtype.itemsize)
     bandwidth = BANDWIDTH.get(jax.devices()[0].device_kind)
-    limit = (sizes[0] + kv) / bandwidth if bandwidth else None
-    drafting = (sizes[1] + _head_bytes(config)) / bandwidth if bandwidth else None
+    drafting = sizes[1] + _head_bytes(config)
+    limit, block_limit = (
+        (sizes[0] + kv + read + _expert_bytes(config, rows)) / bandwidth if bandwidth else None
+        for rows, read in ((1, 0), (kinds[1], drafting))
+    )
     return {
         "context": context,
         "rows": programs.profile.plain_rows,
         "step_ms": round(1000 * step, 3),
         "limit_ms": round(1000 * limit, 3) if limit else None,
         "block_ms": round(1000 * block, 3),
-        "block_limit_ms": round(1000 * (limit + drafting), 3) if limit and drafting else None,
+        "block_limit_ms": round(1000 * block_limit, 3) if block_limit else None,
         "equal_tokens": plain.tolist() == drafted[: len(plain)].tolist(),
         "tok_s_at_accept_length": {str(length): round(length / block, 1) for length in _ACCEPT_LENGTHS},
     }
@@ -172,7 +190,9 @@ def _parameters(table: dict[str, Parameter], weights: str) -> dict[str, Any]:
     for index, (name, parameter) in enumerate(table.items()):
         key, kind = jax.random.key(index), stored_format(name, parameter, weights)
         if kind == "f32":
-            made[name] = jnp.ones(parameter.shape, jnp.float32)
+            ones = len(parameter.shape) == 1  # a router is the only matrix among them
+            make = jnp.ones if ones else functools.partial(jax.random.normal, key)
+            made[name] = make(parameter.shape, jnp.float32)
             continue
         outputs, inputs = parameter.shape
         if kind == "w4":
@@ -211,6 +231,17 @@ def _drafter_config(shape: str, config: ModelConfig) -> DrafterConfig:
 def _head_bytes(config: ModelConfig) -> int:
     """The target's head in 8 bits, which drafting reads once more."""
     return config.vocab_size * config.hidden_size
+
+
+def _expert_bytes(config: ModelConfig, rows: int | None = None) -> int:
+    """All experts in 4 bits, or those that so many rows read, as expected when every choice is equally likely."""
+    if config.experts is None:
+        return 0
+    table = target_parameters(config)
+    names = [name for name in table if name.endswith(("experts.gate_up", "experts.down"))]
+    everything = sum(stored_bytes(name, table[name], "w4", 32) for name in names)
+    unread = 0.0 if rows is None else (1 - config.experts.active / config.experts.count) ** rows
+    return round(everything * (1 - unread))
 
 
 def _kv_bytes(config: ModelConfig, context: int, width: int) -> int:

@@ -36,7 +36,6 @@ from pallas_kernels.attention_rows.api import HeadLayout, HeadNorms, attention_r
 from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.quantised_matmul import api as quantised_matmul
-from pallas_kernels.residual_norm.api import sum_of
 from pallas_kernels.sparse_attention.api import SelectionRule, sparse_attention, update_means
 
 
@@ -68,6 +67,8 @@ class Place:
     sparse: SparseReading | None = None
     tree: Ancestry | None = None
     """What rows see of each other where they are no chain; K and V are stored in the order of rows all the same."""
+    source: Int[Array, " _all_rows"] | None = None
+    """Experts treat the r-th of all rows as the `source[r]`-th: rows that nobody reads need no experts of their own."""
 
     def table(self, layer: LayerConfig) -> tuple[Int[Array, "slots _pages"], bool]:
         """The page table that a layer goes by, and whether it is a ring."""
@@ -201,15 +202,16 @@ class FeedForward(nnx.Module):
             parameters["mlp.gate"], parameters["mlp.up"], parameters["mlp.down"], activation=config.activation
         )
         self.post_norm = RMSNorm(dense(parameters["mlp_post_norm"]), **norm) if config.sandwich_norms else None
-        self.experts = Experts(below(parameters, "experts."), config) if config.experts else None
-        self.dense_post_norm = RMSNorm(dense(parameters["mlp.dense_post_norm"]), **norm) if config.experts else None
+        experts = below(parameters, "experts.")
+        beside = "mlp.dense_post_norm"
+        self.experts = Experts(experts, dense(parameters[beside]), config) if config.experts else None
 
-    def __call__(self, stream: Stream) -> Stream:
+    def __call__(self, stream: Stream, source: Int[Array, " _all_rows"] | None = None) -> Stream:
+        """`source` is that of `Place`."""
         stream, normed = stream.normed(self.norm)
         parts = self.mlp.parts(normed)
-        if self.experts is not None and self.dense_post_norm is not None:
-            wide = self.dense_post_norm(sum_of(parts, normed.dtype)) + self.experts(stream.value)
-            parts = wide[None]
+        if self.experts is not None:
+            parts = self.experts(stream.value, parts, source)[None]
         return Stream(stream.value, parts, self.post_norm)
 
 
@@ -237,7 +239,7 @@ class DecoderLayer(nnx.Module):
         """The stream after the layer, the pool, and what `Attention` says of queries and keys."""
         stream, normed = stream.normed(self.attention_norm)
         mixed, pool, unrotated = self.attention(normed, rope, pool, place)
-        stream = self.feed_forward(Stream(stream.value, mixed, self.attention_post_norm))
+        stream = self.feed_forward(Stream(stream.value, mixed, self.attention_post_norm), place.source)
         if self.per_layer is not None and per_layer is not None:
             x = stream.settled().value
             stream = self.per_layer(x, per_layer)

@@ -122,7 +122,7 @@ def verify(
     may be any number. `recent` is what this visit has committed so far, -1 for nothing.
     """
     rows = proposals.shape[1] + 1
-    place = _place(slots, rows, page_size)
+    place = dataclasses.replace(_place(slots, rows, page_size), source=_source(slots, proposals))
     block = jnp.concatenate([slots.anchor[:, None], jnp.maximum(proposals, 0)], axis=1)
     passed = networks.target(block, pools.target, place, capture=networks.captured_layers)
     drafter_pools = pools.drafter
@@ -153,6 +153,7 @@ def verify_tree(
     target = networks.target
     positions = slots.position[:, None] + tree.ancestry.depths
     place = Place(slots.page_table, slots.length, positions, page_size, slots.ring_table, tree=tree.ancestry)
+    place = dataclasses.replace(place, source=_source(slots, tree.tokens[:, 1:]))
     passed = target(jnp.maximum(tree.tokens, 0), pools.target, place, capture=networks.captured_layers)
     own = walk(target.logits(passed.hidden), sampling, slots.number, tree, recent, levels=levels)
     drafter_pools = pools.drafter
@@ -196,6 +197,13 @@ def _moved(
 def _place(slots: Slots, rows: int, page_size: int) -> Place:
     positions = slots.position[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :]
     return Place(slots.page_table, slots.length, positions, page_size, slots.ring_table)
+
+
+def _source(slots: Slots, proposals: Int[Array, "slots proposals"]) -> Int[Array, " all_rows"]:
+    """Of all rows, themselves; for those that cannot be committed, the first that can."""
+    anchor = jnp.ones((len(proposals), 1), jnp.bool_)
+    read = (jnp.concatenate([anchor, proposals >= 0], axis=1) & slots.live[:, None]).reshape(-1)
+    return jnp.where(read, jnp.arange(read.size, dtype=jnp.int32), jnp.argmax(read).astype(jnp.int32))
 
 
 def _count(own: Int[Array, "slots rows"], accepted: Int[Array, " slots"], slots: Slots) -> Int[Array, " slots"]:

@@ -1,21 +1,48 @@
-"""Rows sorted by group times one matrix per group: the public name. What mixture of experts is made of."""
+"""Rows times the matrices of the groups that they chose: the public name. What mixture of experts is made of."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import reference, triton
 from pallas_kernels.quantised_matmul.weights import W4, W8, Weight
 
+__all__ = ["IMPLEMENTATIONS", "grouped_matmul"]
 
-def grouped_matmul(x: Float[Array, "M K"], weight: Weight, sizes: Int[Array, " G"]) -> Float[Array, "M N"]:
-    """Row m of group g times the g-th matrix: `x[m] @ weight[g].T`, in the dtype of x, accumulated in f32.
+IMPLEMENTATIONS = ("reference", "triton")
 
-    The first `sizes[0]` rows are of group 0, the next `sizes[1]` of group 1, and so on; all sizes add up to M. The
-    matrices `[N, K]` of all groups stand below each other in `weight`, in any weights format. Raises ValueError when
-    the weight does not hold one matrix per group.
+
+def grouped_matmul(
+    x: Float[Array, "R K"],
+    weight: Weight,
+    chosen: Int[Array, "R A"],
+    *,
+    groups: int,
+    activation: Callable[[Array], Array] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "R A N"]:
+    """Row r times the matrix of each group that it chose: `x[r] @ weight[chosen[r, a]].T`, accumulated in f32.
+
+    The matrices `[N, K]` of all groups stand below each other in `weight`, in any weights format. With an `activation`
+    they are `[2 * N, K]`, gate before up, and what comes out is `activation(gate) * up`, each rounded to the dtype of
+    x. Choices outside of the groups are clipped to the first or the last one.
+    `implementation` is one of IMPLEMENTATIONS; None picks triton on a GPU for what it takes, and reference otherwise.
+    Raises NotImplementedError when the named one cannot take this weight, ValueError when shapes do not fit.
     """
     outputs = weight.scales.shape[-1] if isinstance(weight, W8 | W4) else weight.shape[0]
-    if outputs % sizes.shape[0]:
-        raise ValueError(f"a weight of {outputs} rows does not hold {sizes.shape[0]} matrices of one shape")
-    return reference.grouped_matmul(x, weight, sizes)
+    if outputs % (groups if activation is None else 2 * groups):
+        raise ValueError(f"a weight of {outputs} rows does not hold {groups} matrices of one shape")
+    if len(chosen) != len(x):
+        raise ValueError(f"x has {len(x)} rows, chosen {len(chosen)}: every row chooses its groups")
+    if implementation is None:
+        unfit = triton.why_not(x.dtype, weight, groups=groups, gated=activation is not None)
+        implementation = "triton" if jax.default_backend() == "gpu" and unfit is None else "reference"
+    if implementation not in IMPLEMENTATIONS:
+        raise NotImplementedError(
+            f"grouped_matmul has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
+        )
+    chosen_implementation = triton if implementation == "triton" else reference
+    return chosen_implementation.grouped_matmul(x, weight, chosen, groups=groups, activation=activation)

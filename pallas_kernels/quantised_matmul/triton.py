@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,14 @@ _BLOCKS = (128, 64, 32)
 _ROW_TILE = 16
 _PROGRAMS = 396
 """Programs to aim at: three for each of an H100's 132 multiprocessors."""
-_PLANE = BLOCK // 4
+PLANE = BLOCK // 4
+"""Inputs of a nibble plane, and rows of words of a block."""
 _SUBNORMAL = 133
 """The last bit of a subnormal bf16 number counts 2**-133."""
 _SMALLER = 23
 """Weights are made so many powers of two smaller: times 2**110 the largest scale is still a number of bf16."""
+UNIT_W4 = 2.0**_SMALLER
+"""What a sum of w4 products must be multiplied with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,15 +190,33 @@ def _w4_kernel(
 
     def visit(number, total):
         block = split * share + number
-        words = plt.load(words_ref.at[pl.ds(block * _PLANE, _PLANE), outputs])
-        for plane in range(4):
-            scales = plt.load(scales_ref.at[block * 4 + plane if per_plane else block, outputs]).astype(jnp.bfloat16)
-            x = plt.load(x_ref.at[:, pl.ds(block * BLOCK + plane * _PLANE, _PLANE)])
-            total += plt.dot(x, _plane(words, scales, plane, interpret))
-        return total
+
+        def rows(plane):
+            return plt.load(x_ref.at[:, pl.ds(block * BLOCK + plane * PLANE, PLANE)])
+
+        return add_w4(total, rows, words_ref, scales_ref, block, outputs, per_plane=per_plane, interpret=interpret)
 
     total = jax.lax.fori_loop(0, share, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
-    plt.store(out_ref.at[split, :, outputs], total * 2.0**_SMALLER)
+    plt.store(out_ref.at[split, :, outputs], total * UNIT_W4)
+
+
+def add_w4(
+    total: Array,
+    rows: Callable[[int], Array],
+    words_ref: Any,
+    scales_ref: Any,
+    block: Array,
+    outputs: Any,
+    *,
+    per_plane: bool,
+    interpret: bool,
+) -> Array:
+    """Inside a kernel: `total` with the products of a block of inputs, in units of UNIT_W4; `rows` gives a plane's."""
+    words = plt.load(words_ref.at[pl.ds(block * PLANE, PLANE), outputs])
+    for plane in range(4):
+        scales = plt.load(scales_ref.at[block * 4 + plane if per_plane else block, outputs]).astype(jnp.bfloat16)
+        total += plt.dot(rows(plane), _plane(words, scales, plane, interpret))
+    return total
 
 
 def _plane(words, scales, plane: int, interpret: bool):

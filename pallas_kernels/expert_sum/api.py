@@ -1,0 +1,41 @@
+"""What a feed-forward block with experts adds up: the public names."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.expert_sum import reference, triton
+
+__all__ = ["IMPLEMENTATIONS", "expert_sum"]
+
+IMPLEMENTATIONS = ("reference", "triton")
+
+
+def expert_sum(
+    back: Float[Array, "rows active dim"],
+    weights: Float[Array, "rows active"],
+    scale: Float[Array, " dim"],
+    parts: Float[Array, "parts rows dim"],
+    parts_scale: Float[Array, " dim"],
+    *,
+    eps: float,
+    implementation: str | None = None,
+) -> Float[Array, "rows dim"]:
+    """The weighted sum of what came `back` from a row's experts, and the sum of `parts` beside it, each RMS-normed.
+
+    `parts` are what `matmul_parts` leaves of the dense MLP. Norms are computed in f32; sums, norms and the result are
+    rounded one after the other to the dtype of `back`, as separate layers would do it.
+    """
+    rows, active, dim = back.shape
+    if weights.shape != (rows, active) or parts.shape[1:] != (rows, dim) or {len(scale), len(parts_scale)} != {dim}:
+        raise ValueError(
+            f"back {back.shape}, weights {weights.shape}, parts {parts.shape} and scales of {len(scale)} and "
+            f"{len(parts_scale)} do not fit together"
+        )
+    if implementation is None:
+        implementation = "triton" if jax.default_backend() == "gpu" else "reference"
+    if implementation not in IMPLEMENTATIONS:
+        raise NotImplementedError(f"expert_sum has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
+    chosen = triton if implementation == "triton" else reference
+    return chosen.expert_sum(back, weights, scale, parts, parts_scale, eps=eps)

@@ -1,0 +1,66 @@
+"""The sum of experts and the dense MLP as one Pallas Triton kernel: a program per row, as in residual_norm."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
+
+_WARPS = 8
+_LEAST_NUMBERS = 64
+"""A warp has so many numbers of a row at least."""
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+def expert_sum(
+    back: Float[Array, "rows active dim"],
+    weights: Float[Array, "rows active"],
+    scale: Float[Array, " dim"],
+    parts: Float[Array, "parts rows dim"],
+    parts_scale: Float[Array, " dim"],
+    *,
+    eps: float,
+    interpret: bool = False,
+) -> Float[Array, "rows dim"]:
+    """See `api.expert_sum`."""
+    rows, _, dim = back.shape
+    width = pl.next_power_of_2(dim)
+    whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
+    return pl.pallas_call(
+        functools.partial(_kernel, width=width, eps=eps),
+        grid=(rows,),
+        in_specs=[whole] * 5,
+        out_specs=whole,
+        out_shape=jax.ShapeDtypeStruct((rows, dim), back.dtype),
+        compiler_params=plt.CompilerParams(num_warps=max(1, min(_WARPS, width // _LEAST_NUMBERS)), num_stages=1),
+        interpret=interpret,
+        name="expert_sum",
+    )(back, weights, scale, parts, parts_scale)
+
+
+def _kernel(back_ref, weights_ref, scale_ref, parts_ref, parts_scale_ref, out_ref, *, width: int, eps: float) -> None:
+    row, (_, active, dim) = pl.program_id(0), back_ref.shape
+    numbers, inside = pl.ds(0, width), jnp.arange(width, dtype=jnp.int32) < dim
+
+    def load(ref, *place):
+        return plt.load(ref.at[(*map(jnp.int32, place), numbers)], mask=inside, other=0.0).astype(jnp.float32)
+
+    def rounded(x):
+        return x.astype(back_ref.dtype).astype(jnp.float32)
+
+    def normed(x, ref):
+        x = rounded(x)
+        return rounded(x * jax.lax.rsqrt(jnp.sum(x * x) / dim + eps) * load(ref))
+
+    mixed = jnp.zeros(width, jnp.float32)
+    for rank in range(active):
+        mixed += rounded(load(back_ref, row, rank) * rounded(weights_ref[row, rank]))
+    total = load(parts_ref, 0, row)
+    for part in range(1, parts_ref.shape[0]):
+        total += load(parts_ref, part, row)
+    result = normed(total, parts_scale_ref) + normed(mixed, scale_ref)
+    plt.store(out_ref.at[row, numbers], result.astype(out_ref.dtype), mask=inside)

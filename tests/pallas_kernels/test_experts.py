@@ -1,0 +1,135 @@
+"""The choice of experts and the sum of what they give: both implementations of each against f64 numpy."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.cases import (
+    LARGE_EXPERT_CHOICE,
+    LARGE_EXPERT_SUM,
+    SMALL_EXPERT_CHOICE,
+    SMALL_EXPERT_SUM,
+    ExpertChoiceCase,
+    ExpertSumCase,
+)
+from pallas_kernels.expert_choice import api as choice
+from pallas_kernels.expert_choice import triton as choice_triton
+from pallas_kernels.expert_sum import api as total
+from pallas_kernels.expert_sum import triton as total_triton
+from pallas_kernels.operations import shapes
+from tests.pallas_kernels.test_attention_and_scoring import lower, tolerance
+
+CHOOSE = {
+    "reference": functools.partial(choice.choose_experts, implementation="reference"),
+    "triton": functools.partial(choice_triton.choose_experts, interpret=True),
+}
+ADD = {
+    "reference": functools.partial(total.expert_sum, implementation="reference"),
+    "triton": functools.partial(total_triton.expert_sum, interpret=True),
+}
+
+
+def in_f64(arrays: Any) -> list[np.ndarray]:
+    return [np.asarray(each, np.float64) for each in arrays]
+
+
+def normed(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-6) * scale
+
+
+@pytest.mark.parametrize("implementation", CHOOSE)
+@pytest.mark.parametrize("case", SMALL_EXPERT_CHOICE, ids=lambda case: case.name)
+def test_the_likeliest_experts_are_chosen(case: ExpertChoiceCase, implementation: str) -> None:
+    (*arrays, source), keywords = case.arguments()
+    found = CHOOSE[implementation](*arrays, source, **keywords)
+    x, router, router_scale, expert_scale, scale = in_f64(arrays)
+    x = x[np.arange(case.rows) if source is None else np.asarray(source)]
+    powers = np.exp(normed(x, router_scale) @ router.T)
+    chosen = np.argsort(-powers, axis=1)[:, : case.active]
+    best = np.take_along_axis(powers, chosen, axis=1)
+    np.testing.assert_array_equal(found.chosen, chosen)
+    np.testing.assert_allclose(found.weights, best / best.sum(1, keepdims=True) * expert_scale[chosen], rtol=1e-4)
+    limits = {"atol": tolerance(case.dtype), "rtol": tolerance(case.dtype)}
+    np.testing.assert_allclose(np.asarray(found.normed, np.float64), normed(x, scale), **limits)
+    assert (found.normed.dtype, found.chosen.dtype, found.weights.dtype) == (case.dtype, jnp.int32, jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", CHOOSE)
+def test_of_equal_experts_the_first_are_chosen(implementation: str) -> None:
+    ones = (jnp.ones(64), jnp.ones(16), jnp.ones(64))
+    found = CHOOSE[implementation](jnp.ones((3, 64)), jnp.ones((16, 64)), *ones, None, active=4, eps=1e-6)
+    np.testing.assert_array_equal(found.chosen, [[0, 1, 2, 3]] * 3)
+    np.testing.assert_allclose(found.weights, 0.25)
+
+
+def test_a_choice_has_the_same_bits_whatever_stands_beside_it() -> None:
+    (x, *others, _), keywords = SMALL_EXPERT_CHOICE[1].arguments()
+    choose = functools.partial(CHOOSE["triton"], **keywords)
+    everything = choose(x, *others, None)
+    last = jnp.full(20, 17, jnp.int32)
+    for found, row in (
+        (choose(x[17:18], *others, None), 0),
+        (choose(100.0 * x.at[17].multiply(0.01), *others, None), 17),
+        (choose(x[::-1], *others, None), 2),
+        (choose(x, *others, last), 5),
+    ):
+        if row != 17:  # which that multiplication has rounded
+            assert all(
+                np.array_equal(all_rows[17], some[row]) for all_rows, some in zip(everything, found, strict=True)
+            )
+        assert np.array_equal(found.chosen[row], everything.chosen[17])
+
+
+@pytest.mark.parametrize("implementation", ADD)
+@pytest.mark.parametrize("case", SMALL_EXPERT_SUM, ids=lambda case: case.name)
+def test_both_sums_are_normed_and_added(case: ExpertSumCase, implementation: str) -> None:
+    arrays, keywords = case.arguments()
+    found = ADD[implementation](*arrays, **keywords)
+    back, weights, scale, parts, parts_scale = in_f64(arrays)
+    expected = normed(parts.sum(axis=0), parts_scale) + normed((back * weights[..., None]).sum(axis=1), scale)
+    assert (found.shape, found.dtype) == ((case.rows, case.dim), case.dtype)
+    limits = {"atol": tolerance(case.dtype), "rtol": tolerance(case.dtype)}
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, **limits)
+
+
+def test_a_sum_has_the_same_bits_whatever_stands_beside_it() -> None:
+    (back, weights, scale, parts, parts_scale), keywords = SMALL_EXPERT_SUM[2].arguments()
+    add = functools.partial(ADD["triton"], **keywords)
+    whole = add(back, weights, scale, parts, parts_scale)
+    some = add(back[3:4], weights[3:4], scale, parts[:, 3:4], parts_scale)
+    np.testing.assert_array_equal(some[0], whole[3])
+
+
+@pytest.mark.parametrize("case", [*SMALL_EXPERT_CHOICE, *LARGE_EXPERT_CHOICE], ids=lambda case: case.name)
+def test_choosing_lowers_for_cuda(case: ExpertChoiceCase) -> None:
+    positional, keywords = shapes(case)
+    assert "triton" in lower(functools.partial(choice_triton.choose_experts, **keywords), positional)
+
+
+@pytest.mark.parametrize("case", [*SMALL_EXPERT_SUM, *LARGE_EXPERT_SUM], ids=lambda case: case.name)
+def test_adding_lowers_for_cuda(case: ExpertSumCase) -> None:
+    positional, keywords = shapes(case)
+    assert "triton" in lower(functools.partial(total_triton.expert_sum, **keywords), positional)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    (x, router, *others), keywords = SMALL_EXPERT_CHOICE[0].arguments()
+    with pytest.raises(ValueError, match="16 experts and 64 numbers does not fit rows of 63"):
+        choice.choose_experts(x[:, 1:], router, *others, **keywords)
+    with pytest.raises(ValueError, match="active is 17; there are 16 experts"):
+        choice.choose_experts(x, router, *others, active=17, eps=1e-6)
+    with pytest.raises(NotImplementedError, match="multiple of 16 experts, got 15"):
+        short = (router[1:], others[0], others[1][1:], *others[2:])
+        choice.choose_experts(x, *short, **keywords, implementation="triton")
+    with pytest.raises(NotImplementedError, match="'sort'"):
+        choice.choose_experts(x, router, *others, **keywords, implementation="sort")
+    arrays, keywords = SMALL_EXPERT_SUM[0].arguments()
+    with pytest.raises(ValueError, match=r"weights \(1, 1\)"):
+        total.expert_sum(arrays[0], arrays[1][:, 1:], *arrays[2:], **keywords)
+    with pytest.raises(NotImplementedError, match="'sort'"):
+        total.expert_sum(*arrays, **keywords, implementation="sort")
