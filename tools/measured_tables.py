@@ -102,7 +102,7 @@ def by_context() -> list[str]:
 
 def steps() -> list[str]:
     lines = [
-        "| Gemma 4 31B's shape on an H100, random 4-bit weights | step of 16 rows | limit | draft and verify "
+        "| Gemma 4 31B's shape on an H100, random 4-bit weights | step of 16 rows | limit | draft and verify a tree "
         "| tokens/s if 4, 6, 8 are accepted |",
         "|---|---|---|---|---|",
     ]

@@ -45,7 +45,7 @@ class Config:
 
     tile: int
     warps: int = 4
-    stages: int = 4
+    stages: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
