@@ -162,6 +162,7 @@ def test_same_tokens_with_any_drafter(target: Decoder, kind: str, options: dict[
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3", "gemma4_experts", "gemma4_per_layer"])
+@pytest.mark.slow
 def test_same_tokens_in_every_family(goldens: Path, name: str) -> None:
     """Windows, experts, layers that share K and V: 50 tokens beyond a window of 8, sampled, for variety."""
     checkpoint = checkpoints.load(goldens / name)

@@ -171,6 +171,7 @@ def test_a_drafter_with_more_parts(target: Decoder, parts: dict[str, int]) -> No
     assert answer(target, drafter, 40, rows=24, tree=True)[0] == plain
 
 
+@pytest.mark.slow
 def test_short_trees_and_ends(target: Decoder) -> None:
     """A chain of 3, stops in the middle of a path, limits that cut one, a gap between positions and pages."""
     plain, _ = answer(target, None, 40, rows=1)
@@ -200,6 +201,7 @@ def test_short_trees_and_ends(target: Decoder) -> None:
         "qwen3",
     ],
 )
+@pytest.mark.slow
 def test_same_tokens_in_every_family(goldens: Path, name: str) -> None:
     """Windows smaller than a branch is deep, compact keys, experts, layers that share K and V."""
     checkpoint = checkpoints.load(goldens / name)

@@ -26,6 +26,7 @@ CONVOLUTION = dataclasses.replace(DRAFTER, convolution_group=16)
     ("windows", "causal", "group", "rows"),
     [*((*each, group, 6) for each in WINDOWS for group in (0, 16)), *((*WINDOWS[1], 8, rows) for rows in (2, 4, 12))],
 )
+@pytest.mark.slow
 def test_blocks_equal_those_of_decoding(windows, causal, group, rows):
     config = dataclasses.replace(DRAFTER, windows=windows, causal=causal, convolution_group=group)
     target, drafter = tiny_target(), tiny_drafter(config=config)
