@@ -116,15 +116,9 @@ def steps() -> list[str]:
 
 
 def checks() -> list[str]:
-    """What gpu_check measured, and attention as `bench kernels` measured it later."""
-    later = read("h100-attention.json")["rows"]
-    measured = {(row["operation"], row["case"]) for row in later}
-    rows = [
-        *later,
-        *(row for row in read("h100-gpu-check.json")["rows"] if (row["operation"], row["case"]) not in measured),
-    ]
+    """What gpu_check measured."""
     lines = ["| operation | case | kernel | error | time | XLA reference | floor |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
+    for row in read("h100-gpu-check.json")["rows"]:
         if row["floor_us"] and row["floor_us"] > 1:
             lines.append(
                 f"| `{row['operation']}` | {row['case']} | {row.get('kernel', 'triton')} | {row['relative_error']:.1e} "
