@@ -17,35 +17,40 @@ import numpy as np
 from pallas_kernels.attention_rows.api import HeadNorms, KvPool, Tables, attention_rows
 from pallas_kernels.best_tokens.api import best_tokens
 from pallas_kernels.block_attention.api import block_attention
-from pallas_kernels.cases import (
+from pallas_kernels.cases import Seed
+from pallas_kernels.cases.attention import (
     LARGE_ATTENTION,
-    LARGE_ATTENTION_ROWS,
-    LARGE_BEST_TOKENS,
-    LARGE_DRAFT_TREE,
-    LARGE_EXPERT_CHOICE,
-    LARGE_EXPERT_SUM,
-    LARGE_GROUPED,
-    LARGE_MATMUL,
-    LARGE_MOVE_ROWS,
-    LARGE_RESIDUAL_NORM,
     LARGE_SCORING,
     LARGE_SELECTION,
     LARGE_SPARSE,
     SMALL_ATTENTION,
-    SMALL_ATTENTION_ROWS,
-    SMALL_BEST_TOKENS,
-    SMALL_DRAFT_TREE,
-    SMALL_EXPERT_CHOICE,
-    SMALL_EXPERT_SUM,
-    SMALL_GROUPED,
-    SMALL_MATMUL,
-    SMALL_MOVE_ROWS,
-    SMALL_RESIDUAL_NORM,
     SMALL_SCORING,
     SMALL_SELECTION,
     SMALL_SPARSE,
-    Seed,
 )
+from pallas_kernels.cases.drafting import (
+    LARGE_BEST_TOKENS,
+    LARGE_DRAFT_TREE,
+    LARGE_MOVE_ROWS,
+    SMALL_BEST_TOKENS,
+    SMALL_DRAFT_TREE,
+    SMALL_MOVE_ROWS,
+)
+from pallas_kernels.cases.experts import (
+    LARGE_EXPERT_CHOICE,
+    LARGE_EXPERT_SUM,
+    LARGE_GROUPED,
+    SMALL_EXPERT_CHOICE,
+    SMALL_EXPERT_SUM,
+    SMALL_GROUPED,
+)
+from pallas_kernels.cases.layers import (
+    LARGE_ATTENTION_ROWS,
+    LARGE_RESIDUAL_NORM,
+    SMALL_ATTENTION_ROWS,
+    SMALL_RESIDUAL_NORM,
+)
+from pallas_kernels.cases.matmul import LARGE_MATMUL, SMALL_MATMUL
 from pallas_kernels.draft_tree.api import draft_tree
 from pallas_kernels.expert_choice.api import choose_experts
 from pallas_kernels.expert_sum.api import expert_sum

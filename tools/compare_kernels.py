@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from dflash_jax.bench.report import environment
 from dflash_jax.compress import prune
 from pallas_kernels.block_attention.api import block_attention
-from pallas_kernels.cases import LARGE_ATTENTION, LARGE_MATMUL, AttentionCase
+from pallas_kernels.cases.attention import LARGE_ATTENTION, AttentionCase
+from pallas_kernels.cases.matmul import LARGE_MATMUL
 from pallas_kernels.quantised_matmul import bench
 from pallas_kernels.quantised_matmul.api import matmul
 from pallas_kernels.timing import copies_of, repeated, seconds_of

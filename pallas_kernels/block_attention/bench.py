@@ -10,7 +10,7 @@ from typing import Any
 
 from pallas_kernels import tuning
 from pallas_kernels.block_attention import triton
-from pallas_kernels.cases import LARGE_ATTENTION, AttentionCase
+from pallas_kernels.cases.attention import LARGE_ATTENTION, AttentionCase
 from pallas_kernels.timing import copies_of
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.cases import LARGE_MATMUL, MatmulCase
+from pallas_kernels.cases.matmul import LARGE_MATMUL, MatmulCase
 from pallas_kernels.quantised_matmul import triton
 from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight
 from pallas_kernels.timing import copies_of

@@ -11,7 +11,8 @@ import pytest
 
 from dflash_jax.bench import kernels
 from dflash_jax.engine.request import RequestError
-from pallas_kernels.cases import SMALL_MATMUL, AttentionCase, MatmulCase, ScoringCase
+from pallas_kernels.cases.attention import AttentionCase, ScoringCase
+from pallas_kernels.cases.matmul import SMALL_MATMUL, MatmulCase
 from pallas_kernels.operations import OPERATIONS, Limits, Operation, measure
 from pallas_kernels.quantised_matmul import bench as matmul_sweep
 from pallas_kernels.quantised_matmul import triton

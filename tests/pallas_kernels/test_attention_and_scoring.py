@@ -17,7 +17,7 @@ from pallas_kernels.block_attention import api as block_attention
 from pallas_kernels.block_attention import mosaic as attention_mosaic
 from pallas_kernels.block_attention import triton as attention_triton
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
-from pallas_kernels.cases import (
+from pallas_kernels.cases.attention import (
     LARGE_ATTENTION,
     LARGE_SCORING,
     SMALL_ATTENTION,

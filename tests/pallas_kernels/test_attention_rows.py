@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention_rows import api, triton
-from pallas_kernels.cases import LARGE_ATTENTION_ROWS, SMALL_ATTENTION_ROWS, AttentionRowsCase
+from pallas_kernels.cases.layers import LARGE_ATTENTION_ROWS, SMALL_ATTENTION_ROWS, AttentionRowsCase
 from pallas_kernels.operations import shapes, written_rows
 from tests.pallas_kernels.test_attention_and_scoring import lower, tolerance
 

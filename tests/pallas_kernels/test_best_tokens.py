@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.best_tokens import api, reference, triton
-from pallas_kernels.cases import LARGE_BEST_TOKENS, SMALL_BEST_TOKENS, BestTokensCase
+from pallas_kernels.cases.drafting import LARGE_BEST_TOKENS, SMALL_BEST_TOKENS, BestTokensCase
 from pallas_kernels.operations import shapes
 from tests.pallas_kernels.test_attention_and_scoring import lower
 

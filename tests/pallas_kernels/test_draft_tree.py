@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cases import LARGE_DRAFT_TREE, SMALL_DRAFT_TREE, DraftTreeCase
+from pallas_kernels.cases.drafting import LARGE_DRAFT_TREE, SMALL_DRAFT_TREE, DraftTreeCase
 from pallas_kernels.draft_tree import api, reference, triton
 from pallas_kernels.operations import nodes_of_tree, shapes
 from tests.pallas_kernels.test_attention_and_scoring import lower

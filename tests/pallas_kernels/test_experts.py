@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cases import (
+from pallas_kernels.cases.experts import (
     LARGE_EXPERT_CHOICE,
     LARGE_EXPERT_SUM,
     SMALL_EXPERT_CHOICE,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cases import LARGE_GROUPED, SMALL_GROUPED, GroupedCase
+from pallas_kernels.cases.experts import LARGE_GROUPED, SMALL_GROUPED, GroupedCase
 from pallas_kernels.grouped_matmul import api, triton
 from pallas_kernels.operations import shapes
 from pallas_kernels.quantised_matmul.weights import dequantise

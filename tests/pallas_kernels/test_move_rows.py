@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cases import LARGE_MOVE_ROWS, SMALL_MOVE_ROWS, MoveRowsCase
+from pallas_kernels.cases.drafting import LARGE_MOVE_ROWS, SMALL_MOVE_ROWS, MoveRowsCase
 from pallas_kernels.move_rows import api, triton
 from pallas_kernels.operations import moved_rows, shapes
 from tests.pallas_kernels.test_attention_and_scoring import lower

@@ -17,7 +17,7 @@ from dflash_jax.bench import shapes as published
 from dflash_jax.models.hf_config import from_hf
 from dflash_jax.models.parameters import drafter_parameters, target_parameters
 from pallas_kernels import tuning
-from pallas_kernels.cases import LARGE_MATMUL, SMALL_MATMUL, MatmulCase
+from pallas_kernels.cases.matmul import LARGE_MATMUL, SMALL_MATMUL, MatmulCase
 from pallas_kernels.operations import shapes
 from pallas_kernels.quantised_matmul import api, bench, triton
 from tests.pallas_kernels.test_attention_and_scoring import lower

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cases import LARGE_RESIDUAL_NORM, SMALL_RESIDUAL_NORM, ResidualNormCase
+from pallas_kernels.cases.layers import LARGE_RESIDUAL_NORM, SMALL_RESIDUAL_NORM, ResidualNormCase
 from pallas_kernels.operations import shapes, stream_and_norm
 from pallas_kernels.residual_norm import api, triton
 from tests.pallas_kernels.test_attention_and_scoring import lower, tolerance

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_attention.api import block_attention
-from pallas_kernels.cases import (
+from pallas_kernels.cases.attention import (
     LARGE_SELECTION,
     LARGE_SPARSE,
     SMALL_SELECTION,

@@ -13,7 +13,7 @@ import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.block_attention import bench, triton
-from pallas_kernels.cases import LARGE_ATTENTION, AttentionCase
+from pallas_kernels.cases.attention import LARGE_ATTENTION, AttentionCase
 
 X, SETS = jnp.ones((256, 256)), [(jnp.ones((256, 256)),)]
 
