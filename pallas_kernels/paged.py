@@ -19,11 +19,6 @@ def why_not(page_size: int, *head_dims: int) -> str | None:
     return None
 
 
-def default_implementation(page_size: int, *head_dims: int) -> str:
-    """Triton on a GPU for the sizes that it takes; the reference elsewhere."""
-    return "triton" if jax.default_backend() == "gpu" and why_not(page_size, *head_dims) is None else "reference"
-
-
 def on_hopper() -> bool:
     """Whether the device has the large matrix instruction of Mosaic GPU's kernels."""
     return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", None) == "9.0"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dflash_jax.bench.report import environment
+from dflash_jax.bench.report import environment, write
 from dflash_jax.compress import prune
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.cases.attention import LARGE_ATTENTION, AttentionCase
@@ -40,17 +41,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = []
-    for row in (*chunks(), *more_rows(), pruning()):
+    rows: list[dict[str, Any]] = []
+    report = {**environment(), "command": " ".join(["python", *sys.argv]), "rows": rows}
+    for row in itertools.chain(chunks(), more_rows(), [pruning()]):
         rows.append(row)
         print(json.dumps(row), flush=True)
-    if arguments.json:
-        report = {**environment(), "command": " ".join(["python", *sys.argv]), "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(arguments.json, report)
 
 
 def chunks() -> Iterator[dict[str, Any]]:
-    """Attention of prompts: heads of up to 256 numbers, more than cuDNN takes."""
+    """Attention of prompts: heads of up to 256 numbers; cuDNN takes no more."""
     for case in LARGE_ATTENTION:
         if case.rows >= _CHUNK and case.key_dim is None:
             yield {"case": case.name, "us": _attention(case), **_by_cudnn(case)}

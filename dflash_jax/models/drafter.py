@@ -48,9 +48,8 @@ class TwoTapConvolution(nnx.Module):
     """
 
     def __init__(self, parameters: Mapping[str, Weight]) -> None:
-        self.taps = (
-            nnx.Param(dense(parameters["taps"])) if parameters else None
-        )  # in front: own, left; behind: own, left
+        # in front: own, left; behind: own, left
+        self.taps = nnx.Param(dense(parameters["taps"])) if parameters else None
         self.corrections = Linear(parameters["corrections"]) if parameters else None
 
     def __call__(self, normed: Float[Array, "slots rows dim"]) -> tuple[Float[Array, "slots rows dim"], Taps | None]:

@@ -152,8 +152,9 @@ def verify_tree(
     """
     target = networks.target
     positions = slots.position[:, None] + tree.ancestry.depths
-    place = Place(slots.page_table, slots.length, positions, page_size, slots.ring_table, tree=tree.ancestry)
-    place = dataclasses.replace(place, source=_source(slots, tree.tokens[:, 1:]))
+    source = _source(slots, tree.tokens[:, 1:])
+    where = (slots.page_table, slots.length, positions, page_size, slots.ring_table)
+    place = Place(*where, tree=tree.ancestry, source=source)
     passed = target(jnp.maximum(tree.tokens, 0), pools.target, place, capture=networks.captured_layers)
     own = walk(target.logits(passed.hidden), sampling, slots.number, tree, recent, levels=levels)
     drafter_pools = pools.drafter

@@ -15,10 +15,10 @@ from pallas_kernels.attention_rows.reference import (
     normed_heads,
     rotate,
 )
-from pallas_kernels.paged import default_implementation
+from pallas_kernels.implementations import choose
+from pallas_kernels.paged import why_not
 
 __all__ = [
-    "IMPLEMENTATIONS",
     "HeadLayout",
     "HeadNorms",
     "Heads",
@@ -28,8 +28,6 @@ __all__ = [
     "normed_heads",
     "rotate",
 ]
-
-IMPLEMENTATIONS = ("reference", "triton")
 
 
 def attention_rows(
@@ -65,12 +63,8 @@ def attention_rows(
     least = layout.column + layout.projected * layout.head_dim
     if parts.shape[3] < least:
         raise ValueError(f"the projection has {parts.shape[3]} columns, {layout} needs {least}")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise NotImplementedError(
-            f"attention_rows has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
-        )
-    if implementation is None:
-        implementation = default_implementation(page_size, layout.head_dim, layout.key_width)
+    fits = why_not(page_size, layout.head_dim, layout.key_width) is None
+    implementation = choose("attention_rows", implementation, triton_fits=fits)
     chosen = triton if implementation == "triton" else reference
     return chosen.attention_rows(
         parts, pool, page_table, starts, tables, layout=layout, norms=norms, dtype=dtype, page_size=page_size, ring=ring

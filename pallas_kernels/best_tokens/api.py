@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.best_tokens import reference, triton
+from pallas_kernels.implementations import choose
 
-IMPLEMENTATIONS = ("reference", "triton")
 MOST = 64
 """Tokens that are found one after the other."""
 
@@ -23,9 +22,5 @@ def best_tokens(
         raise ValueError(f"count is {count}; a row has {logits.shape[-1]} logits: take between one and all of them")
     if count > MOST:
         raise NotImplementedError(f"best_tokens finds {MOST} tokens at most, got count {count}: sort the logits")
-    if implementation is None:
-        implementation = "triton" if jax.default_backend() == "gpu" else "reference"
-    if implementation not in IMPLEMENTATIONS:
-        raise NotImplementedError(f"best_tokens has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
-    chosen = triton if implementation == "triton" else reference
+    chosen = triton if choose("best_tokens", implementation, triton_fits=True) == "triton" else reference
     return chosen.best_tokens(logits, count=count)

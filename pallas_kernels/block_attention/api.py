@@ -6,7 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention import mosaic, reference, triton
 from pallas_kernels.block_attention.ancestry import MOST_ROWS, Ancestry
-from pallas_kernels.paged import default_implementation, on_hopper
+from pallas_kernels.implementations import choose
+from pallas_kernels.paged import on_hopper, why_not
 
 IMPLEMENTATIONS = {"reference": reference, "triton": triton, "mosaic": mosaic}
 
@@ -51,17 +52,14 @@ def block_attention(
         raise ValueError("a ring of pages holds no more than a window: give the window")
     if tree is not None and not (causal and queries.shape[1] <= MOST_ROWS):
         raise ValueError(f"rows of a tree are causal and {MOST_ROWS} at most, got {queries.shape[1]}, causal {causal}")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise NotImplementedError(
-            f"block_attention has no implementation {implementation!r}: use one of {tuple(IMPLEMENTATIONS)}"
-        )
+    fits = why_not(page_size, key_pool.shape[2], value_pool.shape[2]) is None
+    chosen = choose("block_attention", implementation, triton_fits=fits, known=tuple(IMPLEMENTATIONS))
     if implementation is None:
-        implementation = default_implementation(page_size, key_pool.shape[2], value_pool.shape[2])
         options = {"page_size": page_size, "window": window, "causal": causal, "compact": compact}
         options["tree"] = tree is not None
         if on_hopper() and mosaic.why_not(queries, key_pool, value_pool, **options) is None:
-            implementation = "mosaic"
-    return IMPLEMENTATIONS[implementation].block_attention(
+            chosen = "mosaic"
+    return IMPLEMENTATIONS[chosen].block_attention(
         queries,
         key_pool,
         value_pool,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.ancestry import MOST_ROWS
 from pallas_kernels.draft_tree import reference, triton
 from pallas_kernels.draft_tree.reference import Tree
+from pallas_kernels.implementations import choose
 
-__all__ = ["IMPLEMENTATIONS", "Tree", "draft_tree"]
-
-IMPLEMENTATIONS = ("reference", "triton")
+__all__ = ["Tree", "draft_tree"]
 
 
 def draft_tree(
@@ -33,9 +31,6 @@ def draft_tree(
     """
     if not 1 < rows <= MOST_ROWS:
         raise ValueError(f"rows is {rows}: a tree has between 2 and {MOST_ROWS}, the anchor's among them")
-    if implementation is None:
-        implementation = "triton" if jax.default_backend() == "gpu" and triton.takes(scores) else "reference"
-    if implementation not in IMPLEMENTATIONS:
-        raise NotImplementedError(f"draft_tree has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
+    implementation = choose("draft_tree", implementation, triton_fits=triton.takes(scores))
     chosen = triton if implementation == "triton" else reference
     return chosen.draft_tree(anchor, candidates, scores, rows=rows)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.expert_choice import reference, triton
 from pallas_kernels.expert_choice.reference import Choice
+from pallas_kernels.implementations import choose
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "choose_experts"]
-
-IMPLEMENTATIONS = ("reference", "triton")
+__all__ = ["Choice", "choose_experts"]
 
 
 def choose_experts(
@@ -39,11 +37,6 @@ def choose_experts(
         )
     if not 1 <= active <= experts:
         raise ValueError(f"active is {active}; there are {experts} experts to choose from")
-    if implementation is None:
-        implementation = "triton" if jax.default_backend() == "gpu" and triton.why_not(router) is None else "reference"
-    if implementation not in IMPLEMENTATIONS:
-        raise NotImplementedError(
-            f"choose_experts has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
-        )
+    implementation = choose("choose_experts", implementation, triton_fits=triton.why_not(router) is None)
     chosen = triton if implementation == "triton" else reference
     return chosen.choose_experts(x, router, router_scale, expert_scale, scale, source, active=active, eps=eps)

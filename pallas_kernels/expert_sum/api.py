@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.expert_sum import reference, triton
-
-__all__ = ["IMPLEMENTATIONS", "expert_sum"]
-
-IMPLEMENTATIONS = ("reference", "triton")
+from pallas_kernels.implementations import choose
 
 
 def expert_sum(
@@ -33,9 +29,5 @@ def expert_sum(
             f"back {back.shape}, weights {weights.shape}, parts {parts.shape} and scales of {len(scale)} and "
             f"{len(parts_scale)} do not fit together"
         )
-    if implementation is None:
-        implementation = "triton" if jax.default_backend() == "gpu" else "reference"
-    if implementation not in IMPLEMENTATIONS:
-        raise NotImplementedError(f"expert_sum has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
-    chosen = triton if implementation == "triton" else reference
+    chosen = triton if choose("expert_sum", implementation, triton_fits=True) == "triton" else reference
     return chosen.expert_sum(back, weights, scale, parts, parts_scale, eps=eps)

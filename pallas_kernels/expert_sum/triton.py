@@ -10,9 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-_WARPS = 8
-_LEAST_NUMBERS = 64
-"""A warp has so many numbers of a row at least."""
+from pallas_kernels.residual_norm.triton import warps_of_row
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
@@ -36,7 +34,7 @@ def expert_sum(
         in_specs=[whole] * 5,
         out_specs=whole,
         out_shape=jax.ShapeDtypeStruct((rows, dim), back.dtype),
-        compiler_params=plt.CompilerParams(num_warps=max(1, min(_WARPS, width // _LEAST_NUMBERS)), num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=warps_of_row(width), num_stages=1),
         interpret=interpret,
         name="expert_sum",
     )(back, weights, scale, parts, parts_scale)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul import reference, triton
-from pallas_kernels.quantised_matmul.weights import W4, W8, Weight
-
-__all__ = ["IMPLEMENTATIONS", "grouped_matmul"]
-
-IMPLEMENTATIONS = ("reference", "triton")
+from pallas_kernels.implementations import choose
+from pallas_kernels.quantised_matmul.weights import Weight, outputs_of
 
 
 def grouped_matmul(
@@ -29,20 +25,15 @@ def grouped_matmul(
     The matrices `[N, K]` of all groups stand below each other in `weight`, in any weights format. With an `activation`
     they are `[2 * N, K]`, gate before up, and what comes out is `activation(gate) * up`, each rounded to the dtype of
     x. Choices outside of the groups are clipped to the first or the last one.
-    `implementation` is one of IMPLEMENTATIONS; None picks triton on a GPU for what it takes, and reference otherwise.
+    `implementation` is reference or triton; None picks triton on a GPU for what it takes, and reference otherwise.
     Raises NotImplementedError when the named one cannot take this weight, ValueError when shapes do not fit.
     """
-    outputs = weight.scales.shape[-1] if isinstance(weight, W8 | W4) else weight.shape[0]
+    outputs = outputs_of(weight)
     if outputs % (groups if activation is None else 2 * groups):
         raise ValueError(f"a weight of {outputs} rows does not hold {groups} matrices of one shape")
     if len(chosen) != len(x):
         raise ValueError(f"x has {len(x)} rows, chosen {len(chosen)}: every row chooses its groups")
-    if implementation is None:
-        unfit = triton.why_not(x.dtype, weight, groups=groups, gated=activation is not None)
-        implementation = "triton" if jax.default_backend() == "gpu" and unfit is None else "reference"
-    if implementation not in IMPLEMENTATIONS:
-        raise NotImplementedError(
-            f"grouped_matmul has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
-        )
+    unfit = triton.why_not(x.dtype, weight, groups=groups, gated=activation is not None)
+    implementation = choose("grouped_matmul", implementation, triton_fits=unfit is None)
     chosen_implementation = triton if implementation == "triton" else reference
     return chosen_implementation.grouped_matmul(x, weight, chosen, groups=groups, activation=activation)

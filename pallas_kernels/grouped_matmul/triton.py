@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,10 +26,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.quantised_matmul import triton as dense
 from pallas_kernels.quantised_matmul.triton import PLANE, UNIT_W4, add_w4
-from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight
-from pallas_kernels.tuning import tuned
+from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight, outputs_of
 
-TUNED = Path(__file__).with_name("tuned.json")
 MOST_LISTED = 512
 """Choices that every program looks through; more of them are sorted."""
 _TILES = (64, 32)
@@ -78,7 +75,7 @@ def grouped_matmul(
 ) -> Float[Array, "R A N"]:
     """See `api.grouped_matmul`. Raises NotImplementedError for what the kernel does not take.
 
-    Without a config, that of `config_for`. Raises ValueError for one that leaves outputs out.
+    Without a config, the largest tile that divides the outputs. Raises ValueError for one that leaves outputs out.
     """
     reason = why_not(x.dtype, weight, groups=groups, gated=activation is not None)
     if reason:
@@ -87,7 +84,7 @@ def grouped_matmul(
     many = rows * active > _WIDE_FROM * groups
     shape = _Shape(
         groups=groups,
-        outputs=_outputs(weight) // groups,
+        outputs=outputs_of(weight) // groups,
         active=active,
         inputs=inputs,
         block=dense.blocks_of(weight, inputs)[0],
@@ -95,7 +92,7 @@ def grouped_matmul(
         group_size=weight.group_size if isinstance(weight, W4) else None,
         activation=activation,
     )
-    config = config or config_for(weight, inputs, groups=groups, gated=activation is not None)
+    config = config or Config(next(tile for tile in _TILES if shape.width % tile == 0))
     if shape.width % config.tile:
         raise ValueError(f"{config} does not divide {shape.width} outputs")
     return _run(x, weight, chosen, shape, config, interpret).reshape(rows, active, shape.width)
@@ -103,26 +100,10 @@ def grouped_matmul(
 
 def why_not(dtype: Any, weight: Weight, *, groups: int, gated: bool) -> str | None:
     """What the kernel cannot take about these arguments, as the end of a sentence; None when it can."""
-    width = _outputs(weight) // groups // (2 if gated else 1)
+    width = outputs_of(weight) // groups // (2 if gated else 1)
     if width % _TILES[-1]:
         return f"takes a multiple of {_TILES[-1]} outputs of a group, got {width}"
     return dense.why_not(1, dtype, weight)
-
-
-def _outputs(weight: Weight) -> int:
-    return weight.scales.shape[-1] if isinstance(weight, W4 | W8) else weight.shape[0]
-
-
-def key(weight: Weight, inputs: int, *, groups: int, gated: bool) -> str:
-    """What tuned.json calls a shape."""
-    return f"{dense.key(weight, inputs)}, {groups} groups{', gated' if gated else ''}"
-
-
-def config_for(weight: Weight, inputs: int, *, groups: int, gated: bool) -> Config:
-    """That of tuned.json for this device and shape, or the largest tile that divides the outputs."""
-    known = tuned(TUNED, key(weight, inputs, groups=groups, gated=gated))
-    width = _outputs(weight) // groups // (2 if gated else 1)
-    return Config(**known) if known else Config(next(tile for tile in _TILES if width % tile == 0))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "config", "interpret"))

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Int
 
+from pallas_kernels.implementations import choose
 from pallas_kernels.move_rows import reference, triton
 from pallas_kernels.move_rows.reference import Pool
-from pallas_kernels.paged import default_implementation
-
-IMPLEMENTATIONS = ("reference", "triton")
+from pallas_kernels.paged import why_not
 
 
 def move_rows(
@@ -28,9 +27,7 @@ def move_rows(
     All rows are read before one is written. The pools (K and V of several layers) go by one page table, in a `ring` or
     not, as `attention_rows` describes; rows past a slot's last page are nobody's.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise NotImplementedError(f"move_rows has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
-    if implementation is None:
-        implementation = default_implementation(page_size, *(pool.shape[2] for pool in pools))
+    fits = why_not(page_size, *(pool.shape[2] for pool in pools)) is None
+    implementation = choose("move_rows", implementation, triton_fits=fits)
     chosen = triton if implementation == "triton" else reference
     return chosen.move_rows(pools, path, page_table, starts, page_size=page_size, ring=ring)

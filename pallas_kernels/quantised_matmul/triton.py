@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight
+from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight, outputs_of
 from pallas_kernels.tuning import tuned
 
 TUNED = Path(__file__).with_name("tuned.json")
@@ -87,8 +87,8 @@ def matmul_parts(
     padded_rows = max(_ROW_TILE, 1 << (count - 1).bit_length())
     block, blocks = blocks_of(weight, columns)
     config = config or config_for(weight, columns)
-    if _outputs(weight) % config.tile or blocks % config.splits:
-        raise ValueError(f"{config} does not divide {_outputs(weight)} outputs and {blocks} blocks of {block} inputs")
+    if outputs_of(weight) % config.tile or blocks % config.splits:
+        raise ValueError(f"{config} does not divide {outputs_of(weight)} outputs and {blocks} blocks of {block} inputs")
     rows = jnp.pad(rows, ((0, padded_rows - count), (0, blocks * block - columns)))
     run = _run_w4 if isinstance(weight, W4) else _run_rows
     parts = run(rows, weight, config, interpret)
@@ -97,7 +97,7 @@ def matmul_parts(
 
 def why_not(rows: int, dtype: Any, weight: Weight) -> str | None:
     """What the kernels cannot take about these arguments, as the end of a sentence; None when they can."""
-    outputs = _outputs(weight)
+    outputs = outputs_of(weight)
     if rows > MOST_ROWS:
         return f"takes {MOST_ROWS} rows at most, got {rows}"
     if dtype != jnp.bfloat16:
@@ -111,10 +111,6 @@ def why_not(rows: int, dtype: Any, weight: Weight) -> str | None:
     return None
 
 
-def _outputs(weight: Weight) -> int:
-    return weight.scales.shape[-1] if isinstance(weight, W4 | W8) else weight.shape[0]
-
-
 def blocks_of(weight: Weight, columns: int) -> tuple[int, int]:
     """Inputs that a program looks at together, and how many such blocks there are."""
     block = BLOCK if isinstance(weight, W4) else next(block for block in _BLOCKS if columns % block == 0)
@@ -124,7 +120,7 @@ def blocks_of(weight: Weight, columns: int) -> tuple[int, int]:
 def key(weight: Weight, inputs: int) -> str:
     """What tuned.json calls a shape."""
     name = f"w4 by {weight.group_size}" if isinstance(weight, W4) else "w8" if isinstance(weight, W8) else "bf16"
-    return f"{name}, {inputs} -> {_outputs(weight)}"
+    return f"{name}, {inputs} -> {outputs_of(weight)}"
 
 
 def config_for(weight: Weight, columns: int) -> Config:
@@ -133,7 +129,7 @@ def config_for(weight: Weight, columns: int) -> Config:
     known = tuned(TUNED, key(weight, blocks * block))
     if known:
         return Config(**known)
-    outputs = _outputs(weight)
+    outputs = outputs_of(weight)
     tile = next(tile for tile in (_TILES if isinstance(weight, W4 | W8) else _TILES[1:]) if outputs % tile == 0)
     # The fewest shares of the inputs with which there are programs enough; at least two blocks each.
     wanted = max(1, min(-(-_PROGRAMS // (outputs // tile)), blocks // 2))

@@ -243,6 +243,11 @@ def dequantise(weight: Weight, in_features: int | None = None) -> Float[Array, "
     return weight.astype(jnp.float32)
 
 
+def outputs_of(weight: Weight) -> int:
+    """N of a weight `[N, K]`."""
+    return weight.scales.shape[-1] if isinstance(weight, W4 | W8) else weight.shape[0]
+
+
 def take_rows(weight: Weight, ids: Int[Array, ...], in_features: int | None = None) -> Float[Array, "... K"]:
     """Rows of an embedding table, f32. Ids outside the table are clipped into it; `in_features` as in `dequantise`."""
     if isinstance(weight, W4):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.implementations import choose
 from pallas_kernels.residual_norm import reference, triton
 from pallas_kernels.residual_norm.reference import add, rms_norm, sum_of
 
-__all__ = ["IMPLEMENTATIONS", "add", "residual_norm", "rms_norm", "sum_of"]
-
-IMPLEMENTATIONS = ("reference", "triton")
+__all__ = ["add", "residual_norm", "rms_norm", "sum_of"]
 
 
 def residual_norm(
@@ -33,11 +31,5 @@ def residual_norm(
         raise ValueError(f"parts {parts.shape}, stream {stream.shape} and scale {scale.shape} do not fit together")
     if post_scale is not None and post_scale.shape != scale.shape:
         raise ValueError(f"post_scale {post_scale.shape} and scale {scale.shape} do not fit together")
-    if implementation is None:
-        implementation = "triton" if jax.default_backend() == "gpu" else "reference"
-    if implementation not in IMPLEMENTATIONS:
-        raise NotImplementedError(
-            f"residual_norm has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
-        )
-    chosen = triton if implementation == "triton" else reference
+    chosen = triton if choose("residual_norm", implementation, triton_fits=True) == "triton" else reference
     return chosen.residual_norm(parts, stream, scale, post_scale=post_scale, factor=factor, eps=eps)

@@ -19,6 +19,11 @@ _LEAST_NUMBERS = 64
 """A warp has so many numbers of a row at least."""
 
 
+def warps_of_row(width: int) -> int:
+    """Of a program that keeps so many numbers, a row of the stream."""
+    return max(1, min(_WARPS, width // _LEAST_NUMBERS))
+
+
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def residual_norm(
     parts: Float[Array, "parts rows dim"],
@@ -45,7 +50,7 @@ def residual_norm(
         in_specs=[whole] * (3 + len(optional)),
         out_specs=[whole] * 2,
         out_shape=[shape] * 2,
-        compiler_params=plt.CompilerParams(num_warps=max(1, min(_WARPS, width // _LEAST_NUMBERS)), num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=warps_of_row(width), num_stages=1),
         interpret=interpret,
         name="residual_norm",
     )(parts, stream, scale, *optional)

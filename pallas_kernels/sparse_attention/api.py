@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paged import default_implementation
+from pallas_kernels.implementations import choose
+from pallas_kernels.paged import why_not
 from pallas_kernels.sparse_attention import reference, triton
 from pallas_kernels.sparse_attention.selection import Selection, SelectionRule, update_means
 
 __all__ = [
-    "IMPLEMENTATIONS",
     "Selection",
     "SelectionRule",
     "attend_blocks",
@@ -20,8 +20,6 @@ __all__ = [
     "sparse_attention",
     "update_means",
 ]
-
-IMPLEMENTATIONS = ("reference", "triton")
 
 
 def sparse_attention(
@@ -155,6 +153,4 @@ def attend_blocks(
 
 
 def _choose(name: str, implementation: str | None, *sizes: int) -> str:
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise NotImplementedError(f"{name} has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
-    return implementation or default_implementation(*sizes)
+    return choose(name, implementation, triton_fits=why_not(*sizes) is None)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paged import default_implementation
+from pallas_kernels.implementations import choose
+from pallas_kernels.paged import why_not
 from pallas_kernels.token_scoring import reference, triton
 
-IMPLEMENTATIONS = ("reference", "triton")
 REDUCTIONS = ("mean", "max")
 
 
@@ -37,11 +37,6 @@ def token_scores(
             f"queries have {heads} heads of {head_dim}, the pool is {key_pool.shape}: "
             f"expected whole pages of {page_size} with kv_heads dividing heads"
         )
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise NotImplementedError(
-            f"token_scores has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}"
-        )
-    if implementation is None:
-        implementation = default_implementation(page_size, queries.shape[-1])
+    implementation = choose("token_scores", implementation, triton_fits=why_not(page_size, queries.shape[-1]) is None)
     chosen = triton if implementation == "triton" else reference
     return chosen.token_scores(queries, key_pool, page_table, length, page_size=page_size, scale=scale, reduce=reduce)
