@@ -126,7 +126,7 @@ def block_attention(
         kernel, of_tree = _taking_paths(kernel), (paths.counts, _keys_seen(paths.last_seen, starts), keys, values)
     how: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
     if interpret:
-        how = {"interpret": _interpreter()}
+        how = {"interpret": interpreter()}
     mixed, highest, total = plgpu.kernel(
         kernel,
         out_type=[
@@ -186,7 +186,7 @@ def _taking_paths(kernel: Any) -> Any:
     return lambda *refs: kernel(*refs[:5], *refs[9:], paths=refs[5:9])
 
 
-def _interpreter() -> Any:
+def interpreter() -> Any:
     if not hasattr(plgpu, "InterpretGPUParams"):
         raise NotImplementedError("block_attention on Mosaic is interpreted by jax 0.11 and later only")
     return plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
