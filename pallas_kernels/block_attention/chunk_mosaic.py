@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,15 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.ancestry import Ancestry
-from pallas_kernels.block_attention.mosaic import interpreter
+from pallas_kernels.block_attention.combine import combine
+from pallas_kernels.block_attention.mosaic import PROGRAMS, interpreter
 from pallas_kernels.online_softmax import LOWEST
 
 LEAST_ROWS = 128
 _LINES = 64
 """Lines of a warpgroup: what its matrix instruction takes."""
+_COST_OF_SPLIT = 0.04
+"""Beside a wave of programs: sums that are written, read and put together."""
 _LEAST_ROWS_OF_HEAD = 8
 """Shared memory is laid out in groups of so many lines."""
 
@@ -45,12 +48,14 @@ class Config:
     slots       blocks of keys, and as many of values, that shared memory holds
     warpgroups  that compute, with 64 lines each
     take_turns  warpgroups issue their products one after the other
+    splits      shares of the keys, each a program of its own; None: what fills the card
     """
 
     key_block: int
     slots: int
     warpgroups: int = 2
     take_turns: bool = True
+    splits: int | None = None
 
 
 def config_for(head_dim: int) -> Config:
@@ -58,6 +63,15 @@ def config_for(head_dim: int) -> Config:
     if head_dim == 256:
         return Config(64, 2, take_turns=False)
     return Config(128, 3 if head_dim == 128 else 4)
+
+
+def splits_of(programs: int, blocks: int) -> int:
+    """A power of two: programs run in waves of one for each multiprocessor, and a half-empty wave takes as long.
+
+    It follows from shapes alone, so that the same row is always split alike.
+    """
+    options = [1 << power for power in range(4) if 1 << power <= max(1, blocks // 2)]
+    return min(options, key=lambda splits: -(-programs * splits // PROGRAMS) / splits + _COST_OF_SPLIT * splits)
 
 
 @functools.partial(
@@ -88,6 +102,10 @@ def block_attention(
     lines = config.warpgroups * _LINES
     tile_rows = min(lines // group, rows) // _LEAST_ROWS_OF_HEAD * _LEAST_ROWS_OF_HEAD
     tiles = -(-rows // tile_rows)
+    blocks = page_table.shape[1] * page_size // config.key_block
+    splits = config.splits or splits_of(batch * kv_heads * tiles, blocks)
+    sums = (splits, batch, kv_heads, tiles * lines)
+    shapes = [(*sums, head_dim), sums, sums]
     tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
     def shared(*sizes: int) -> Any:
@@ -96,22 +114,25 @@ def block_attention(
     how: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
     if interpret:
         how = {"interpret": interpreter()}
-    out = plgpu.kernel(
+    results = plgpu.kernel(
         functools.partial(
             _kernel,
             config=config,
             group=group,
             tile_rows=tile_rows,
             tiles=tiles,
+            splits=splits,
             page_size=page_size,
             scale=scale,
             window=window,
             ring=ring,
             interpret=interpret,
         ),
-        out_type=jax.ShapeDtypeStruct(queries.shape, jnp.bfloat16),
-        grid=(tiles, kv_heads, batch),
-        grid_names=("tile", "head", "slot"),
+        out_type=[jax.ShapeDtypeStruct(queries.shape, jnp.bfloat16)]
+        if splits == 1
+        else [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        grid=(tiles, kv_heads, batch * splits),
+        grid_names=("tile", "head", "place"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[
@@ -128,7 +149,34 @@ def block_attention(
         ],
         **how,
     )(queries.astype(jnp.bfloat16), key_pool, value_pool, page_table, starts)
-    return out.astype(queries.dtype)
+    if splits == 1:
+        return results[0].astype(queries.dtype)
+
+    def entry(row: Array, of_group: Array) -> Array:
+        tile = row // tile_rows
+        return tile * lines + of_group * tile_rows + row - jnp.minimum(tile * tile_rows, rows - tile_rows)
+
+    how = {"rows": rows, "group": group, "dtype": queries.dtype, "entry": entry, "interpret": interpret}
+    return combine(*results, **how)
+
+
+class _Work(NamedTuple):
+    """What a program does: `begin` is the split's first block of keys that rows of the tile see.
+
+    Of the split's blocks from there on, `visits` have keys that some row sees; in numbers `all_from` to `all_to` every
+    row sees every key.
+    """
+
+    tile: Array
+    head: Array
+    slot: Array
+    split: Array
+    first_row: Array
+    first_token: Array
+    begin: Array
+    all_from: Array
+    all_to: Array
+    visits: Array
 
 
 def _kernel(
@@ -137,41 +185,30 @@ def _kernel(
     value_ref,
     table_ref,
     starts_ref,
-    out_ref,
-    queries,
-    keys,
-    values,
-    queries_here,
-    keys_here,
-    values_here,
-    keys_done,
-    values_done,
-    turn_of,
-    mixed_here,
-    *,
+    *refs,
     config: Config,
     group: int,
     tile_rows: int,
     tiles: int,
+    splits: int,
     page_size: int,
     scale: float,
     window: int | None,
     ring: bool,
     interpret: bool,
 ) -> None:
-    head, slot = (jax.lax.axis_index(name) for name in ("head", "slot"))
+    *out_refs, queries, keys, values, queries_here, keys_here, values_here = refs[:-4]
+    keys_done, values_done, turn_of, mixed_here = refs[-4:]
     warpgroup = jax.lax.axis_index("warpgroup")
     key_block, slots, computing = config.key_block, config.slots, config.warpgroups
     all_rows, head_dim, pages = query_ref.shape[1], query_ref.shape[3], table_ref.shape[1]
-    def first_row_of_tile() -> Array:
-        return jnp.minimum((tiles - 1 - jax.lax.axis_index("tile")) * tile_rows, all_rows - tile_rows)
 
-    def blocks_of_tile() -> tuple[Array, Array, Array, Array, Array]:
-        """The first row's token; numbers of blocks: from and to where a row of the tile sees a key, or all see all.
-
-        Each branch asks for itself, or what only the copies need would stand in registers of the others.
-        """
-        first_token = starts_ref[slot] + first_row_of_tile()
+    def work() -> _Work:
+        """Each branch asks for itself, or what only the copies need would stand in registers of the others."""
+        tile, head, place = (jax.lax.axis_index(name) for name in ("tile", "head", "place"))
+        tile, slot, split = tiles - 1 - tile, jax.lax.div(place, splits), jax.lax.rem(place, splits)
+        first_row = jnp.minimum(tile * tile_rows, all_rows - tile_rows)
+        first_token = starts_ref[slot] + first_row
         last_token = first_token + (tile_rows - 1)
         begin, end = jnp.int32(0), jax.lax.div(last_token, key_block) + 1
         all_from, all_to = begin, jax.lax.div(first_token + 1, key_block)
@@ -179,15 +216,23 @@ def _kernel(
             begin = jax.lax.div(jnp.maximum(first_token - (window - 1), 0), key_block)
             all_from = jax.lax.div(jnp.maximum(last_token - (window - 1), 0) + (key_block - 1), key_block)
         if not ring:
-            blocks = pages * (page_size // key_block)
-            begin, end = jnp.minimum(begin, blocks - 1), jnp.minimum(end, blocks)
-        return first_token, begin, all_from, all_to, end
+            end = jnp.minimum(end, pages * (page_size // key_block))
+        begin += jax.lax.rem(split + splits - jax.lax.rem(begin, splits), splits)
+
+        def before(block: Array) -> Array:
+            return jax.lax.div(jnp.maximum(block - begin, 0) + (splits - 1), splits)
+
+        visits = jnp.maximum(before(end), 1)  # what begins with a block has one, even if no row sees it
+        return _Work(
+            tile, head, slot, split, first_row, first_token, begin, before(all_from), before(all_to), visits
+        )
 
     @pl.when(warpgroup < computing)
     def _compute() -> None:
         if not interpret:
             plgpu.set_max_registers(240 if computing == 2 else 160, action="increase")
-        first_token, begin, all_from, all_to, end = blocks_of_tile()
+        mine = work()
+        visits = mine.visits
         layout = plgpu.Layout.WGMMA
 
         def laid(value: Array, of_line: bool = False) -> Array:
@@ -202,17 +247,17 @@ def _kernel(
         def over_keys(of_line: Array) -> Array:
             return jax.lax.broadcast_in_dim(of_line, (_LINES, key_block), [0])
 
-        def slot_of(block: Array) -> Array:
-            return jax.lax.rem(block - begin, slots)
+        def slot_of(turn: Array) -> Array:
+            return jax.lax.rem(turn, slots)
 
         lines = pl.ds(warpgroup * _LINES, _LINES)
         factor = scale * math.log2(math.e)
 
-        def weigh(scores: Array, highest: Array, total: Array, block: Array, masked: bool) -> tuple[Array, ...]:
+        def weigh(scores: Array, highest: Array, total: Array, turn: Array, masked: bool) -> tuple[Array, ...]:
             """The new maximum and sum, the factor of what came before, and the block's weights."""
             if masked:
                 line = warpgroup * _LINES + iota(0)
-                ahead = first_token - block * key_block + jax.lax.rem(line, jnp.int32(tile_rows)) - iota(1)
+                ahead = mine.first_token - (mine.begin + turn * splits) * key_block + jax.lax.rem(line, jnp.int32(tile_rows)) - iota(1)
                 seen = ahead >= 0
                 if window is not None:
                     seen &= ahead < window
@@ -242,9 +287,9 @@ def _kernel(
             pass_turn()
             return scores_ref[...]
 
-        def visit(masked: bool, block: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        def visit(masked: bool, turn: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
             """Scores and weights of a block, and the mix of the block before."""
-            here, before = slot_of(block), slot_of(block - 1)
+            here, before = slot_of(turn), slot_of(turn - 1)
             highest, total, narrow, mixed = state
 
             def weigh_next(mixed_ref=None):
@@ -260,7 +305,7 @@ def _kernel(
 
                 scores = pl.run_scoped(score, ACC((_LINES, key_block), jnp.float32))
                 plgpu.barrier_arrive(keys_done.at[here])
-                return weigh(scores, highest, total, block, masked)
+                return weigh(scores, highest, total, turn, masked)
 
             def beside(refs):
                 refs[1][...], refs[2][...], refs[3][...], refs[4][...] = weigh_next(refs[0])
@@ -285,17 +330,16 @@ def _kernel(
         plgpu.barrier_arrive(keys_done.at[0])
         highest = laid(jnp.full((_LINES,), LOWEST, jnp.float32), True)
         total = laid(jnp.zeros((_LINES,), jnp.float32), True)
-        highest, total, _, weights = weigh(scores, highest, total, begin, True)
+        highest, total, _, weights = weigh(scores, highest, total, jnp.int32(0), True)
         state = (highest, total, weights.astype(jnp.bfloat16), laid(jnp.zeros((_LINES, head_dim), jnp.float32)))
-        second = begin + 1
-        seen_from = second if window is None else jnp.clip(all_from, second, end)
-        seen_to = jnp.clip(all_to, seen_from, end)
+        seen_from = jnp.int32(1) if window is None else jnp.clip(mine.all_from, 1, visits)
+        seen_to = jnp.clip(mine.all_to, seen_from, visits)
         if window is not None:
-            state = jax.lax.fori_loop(second, seen_from, functools.partial(visit, True), state)
+            state = jax.lax.fori_loop(1, seen_from, functools.partial(visit, True), state)
         state = jax.lax.fori_loop(seen_from, seen_to, functools.partial(visit, False), state)
-        state = jax.lax.fori_loop(seen_to, end, functools.partial(visit, True), state)
-        _, total, narrow, mixed = state
-        last = slot_of(end - 1)
+        state = jax.lax.fori_loop(seen_to, visits, functools.partial(visit, True), state)
+        highest, total, narrow, mixed = state
+        last = slot_of(visits - 1)
         plgpu.barrier_wait(values_here.at[last])
         if interpret:
             mixed = mix_here(narrow, mixed, last)
@@ -305,51 +349,58 @@ def _kernel(
         plgpu.barrier_arrive(values_done.at[last])
         if config.take_turns:
             pl.when(warpgroup == 0)(wait_for_turn)
-        share = 1.0 / jnp.where(total == 0.0, 1.0, total)
-        mixed = mixed * jax.lax.broadcast_in_dim(share, mixed.shape, [0])
-        queries[lines] = mixed.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(mixed_here)
+        if splits > 1:
+            of_tile = pl.ds((mine.tile * computing + warpgroup) * _LINES, _LINES)
+            sums = (mixed, highest * math.log(2), total)
+            for ref, value in zip(out_refs, sums, strict=True):
+                ref[mine.split, mine.slot, mine.head, of_tile] = value
+        else:
+            share = 1.0 / jnp.where(total == 0.0, 1.0, total)
+            mixed = mixed * jax.lax.broadcast_in_dim(share, mixed.shape, [0])
+            queries[lines] = mixed.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(mixed_here)
 
     @pl.when(warpgroup == computing)
     def _copy() -> None:
         if not interpret:
             plgpu.set_max_registers(24 if computing == 2 else 32, action="decrease")
 
-        _, begin, _, _, end = blocks_of_tile()
-        first_row = first_row_of_tile()
+        mine = work()
+        slot, head, visits = mine.slot, mine.head, mine.visits
 
         def of_head(number: int) -> tuple[Any, Any]:
             """Where the rows of a head are in global memory and in the tile."""
-            return (slot, pl.ds(first_row, tile_rows), head * group + number), pl.ds(number * tile_rows, tile_rows)
+            return (slot, pl.ds(mine.first_row, tile_rows), head * group + number), pl.ds(number * tile_rows, tile_rows)
 
         for number in range(group):
             at, of_tile = of_head(number)
             plgpu.copy_gmem_to_smem(query_ref.at[at], queries.at[of_tile], queries_here)
 
-        def copy(block: Array, _: None) -> None:
-            token = block * key_block
-            page_number = jax.lax.div(token, page_size)
-            page = table_ref[slot, jax.lax.rem(page_number, pages) if ring else page_number]
-            at = pl.ds(page * page_size + jax.lax.rem(token, page_size), key_block)
-            here, filled = jax.lax.rem(block - begin, slots), block - begin >= slots
+        def copy(turn: Array, _: None) -> None:
+            token = (mine.begin + turn * splits) * key_block
+            column = jax.lax.div(token, page_size)
+            column = jax.lax.rem(column, pages) if ring else jnp.minimum(column, pages - 1)
+            at = pl.ds(table_ref[slot, column] * page_size + jax.lax.rem(token, page_size), key_block)
+            here = jax.lax.rem(turn, slots)
             for source, target, arrived, done in (
                 (key_ref, keys, keys_here, keys_done),
                 (value_ref, values, values_here, values_done),
             ):
-                pl.when(filled)(functools.partial(plgpu.barrier_wait, done.at[here]))
+                pl.when(turn >= slots)(functools.partial(plgpu.barrier_wait, done.at[here]))
                 plgpu.copy_gmem_to_smem(source.at[at, head], target.at[here], arrived.at[here])
 
-        jax.lax.fori_loop(begin, end, copy, None)
+        jax.lax.fori_loop(0, visits, copy, None)
         for number in range(slots):  # nobody leaves before all that was copied has been read
 
-            @pl.when(number < end - begin)
+            @pl.when(number < visits)
             def _(number: int = number) -> None:
                 for done in (keys_done, values_done):
                     plgpu.barrier_wait(done.at[number])
 
-        plgpu.barrier_wait(mixed_here)
-        for number in range(group):
-            at, of_tile = of_head(number)
-            plgpu.copy_smem_to_gmem(queries.at[of_tile], out_ref.at[at])
-        plgpu.wait_smem_to_gmem(0)
+        if splits == 1:
+            plgpu.barrier_wait(mixed_here)
+            for number in range(group):
+                at, of_tile = of_head(number)
+                plgpu.copy_smem_to_gmem(queries.at[of_tile], out_refs[0].at[at])
+            plgpu.wait_smem_to_gmem(0)

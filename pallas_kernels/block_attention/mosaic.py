@@ -38,7 +38,7 @@ TILE = 64
 """Lines of a program: what the large matrix instruction of a warpgroup takes."""
 KEY_BLOCK = 64
 HEAD_DIM, _HALF = 512, 256
-_PROGRAMS = 132
+PROGRAMS = 132
 """One for each multiprocessor of an H100: shared memory holds no second one."""
 _KEY_SLOTS, _VALUE_SLOTS = 2, 3
 _TREE_BLOCKS = 2
@@ -103,7 +103,7 @@ def block_attention(
     tiles = -(-rows * group // TILE)
     tiles_alike = tiles if tree is None else -(-STEP_ROWS * group // TILE)
     blocks = page_table.shape[1] * page_size // KEY_BLOCK
-    splits = splits_for(_PROGRAMS // (batch * kv_heads * tiles_alike), blocks)
+    splits = splits_for(PROGRAMS // (batch * kv_heads * tiles_alike), blocks)
     shape = (splits, batch, kv_heads, tiles * TILE)
     tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
