@@ -26,18 +26,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_attention import hopper
 from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.block_attention.combine import combine
-from pallas_kernels.block_attention.mosaic import PROGRAMS, interpreter
+from pallas_kernels.block_attention.hopper import LINES, PROGRAMS
 from pallas_kernels.online_softmax import LOWEST
 
 LEAST_ROWS = 128
-_LINES = 64
-"""Lines of a warpgroup: what its matrix instruction takes."""
+"""Of a chunk; steps and trees have fewer rows and other kernels, so that plain steps and blocks have the same bits."""
 _COST_OF_SPLIT = 0.04
 """Beside a wave of programs: sums that are written, read and put together."""
-_LEAST_ROWS_OF_HEAD = 8
-"""Shared memory is laid out in groups of so many lines."""
+ROWS = 8
+"""Shared memory is laid out in groups of so many lines; rows of a head are as many, or copies do not fit."""
+HEAD_DIMS = (64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +59,43 @@ class Config:
     splits: int | None = None
 
 
-def config_for(head_dim: int) -> Config:
+def config_for(head_dim: int, page_size: int) -> Config:
     """What fits registers and shared memory."""
     if head_dim == 256:
         return Config(64, 2, take_turns=False)
-    return Config(128, 3 if head_dim == 128 else 4)
+    key_block = 64 if page_size % 128 else 128
+    return Config(key_block, {64: 512, 128: 384}[head_dim] // key_block)
+
+
+def why_not(
+    queries: Any,
+    key_pool: Any,
+    value_pool: Any,
+    *,
+    page_size: int,
+    window: int | None,
+    causal: bool,
+    compact: bool,
+    tree: bool,
+) -> str | None:
+    """What the kernel cannot take about these arguments, as the end of a sentence; None when it can."""
+    del window  # any, and none
+    rows, heads, head_dim = queries.shape[1:]
+    group = heads // key_pool.shape[1]
+    if head_dim not in HEAD_DIMS or compact:
+        return f"takes heads of {HEAD_DIMS}, not compact, got {head_dim}, compact {compact}"
+    for pool in (key_pool, value_pool):
+        if pool.dtype != jnp.bfloat16:
+            return f"takes pools of bf16, got {pool.dtype}"
+    if not causal or tree:
+        return f"takes causal rows that form no tree, got causal {causal}, tree {tree}"
+    if page_size % 64:
+        return f"takes pages of a multiple of 64 tokens, got {page_size}"
+    if rows < LEAST_ROWS or rows % ROWS:
+        return f"takes a multiple of {ROWS} rows from {LEAST_ROWS} on, got {rows}"
+    if group * ROWS > 2 * LINES:
+        return f"takes groups of {2 * LINES // ROWS} heads at most, got {group}"
+    return None
 
 
 def splits_of(programs: int, blocks: int) -> int:
@@ -94,26 +127,21 @@ def block_attention(
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """See `api.block_attention`."""
+    """See `api.block_attention`. Raises NotImplementedError for what `why_not` names."""
+    options = {"page_size": page_size, "window": window, "causal": causal, "compact": compact}
+    if reason := why_not(queries, key_pool, value_pool, **options, tree=tree is not None):
+        raise NotImplementedError(f"block_attention on Mosaic, for chunks, {reason}")
     batch, rows, heads, head_dim = queries.shape
     kv_heads = key_pool.shape[1]
     group = heads // kv_heads
-    config = config or config_for(head_dim)
-    lines = config.warpgroups * _LINES
-    tile_rows = min(lines // group, rows) // _LEAST_ROWS_OF_HEAD * _LEAST_ROWS_OF_HEAD
+    config = config or config_for(head_dim, page_size)
+    lines = config.warpgroups * LINES
+    tile_rows = min(lines // group, rows) // ROWS * ROWS
     tiles = -(-rows // tile_rows)
     blocks = page_table.shape[1] * page_size // config.key_block
     splits = config.splits or splits_of(batch * kv_heads * tiles, blocks)
     sums = (splits, batch, kv_heads, tiles * lines)
     shapes = [(*sums, head_dim), sums, sums]
-    tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-
-    def shared(*sizes: int) -> Any:
-        return plgpu.SMEM(sizes, jnp.bfloat16, transforms=(tiling, swizzle))
-
-    how: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
-    if interpret:
-        how = {"interpret": interpreter()}
     results = plgpu.kernel(
         functools.partial(
             _kernel,
@@ -136,9 +164,9 @@ def block_attention(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[
-            shared(lines, head_dim),
-            shared(config.slots, config.key_block, head_dim),
-            shared(config.slots, config.key_block, head_dim),
+            hopper.shared(lines, head_dim),
+            hopper.shared(config.slots, config.key_block, head_dim),
+            hopper.shared(config.slots, config.key_block, head_dim),
             plgpu.Barrier(num_arrivals=group),
             plgpu.Barrier(num_barriers=config.slots),
             plgpu.Barrier(num_barriers=config.slots),
@@ -147,7 +175,7 @@ def block_attention(
             plgpu.Barrier(num_barriers=config.warpgroups),
             plgpu.Barrier(num_arrivals=config.warpgroups),
         ],
-        **how,
+        **hopper.how(interpret=interpret),
     )(queries.astype(jnp.bfloat16), key_pool, value_pool, page_table, starts)
     if splits == 1:
         return results[0].astype(queries.dtype)
@@ -223,9 +251,7 @@ def _kernel(
             return jax.lax.div(jnp.maximum(block - begin, 0) + (splits - 1), splits)
 
         visits = jnp.maximum(before(end), 1)  # what begins with a block has one, even if no row sees it
-        return _Work(
-            tile, head, slot, split, first_row, first_token, begin, before(all_from), before(all_to), visits
-        )
+        return _Work(tile, head, slot, split, first_row, first_token, begin, before(all_from), before(all_to), visits)
 
     @pl.when(warpgroup < computing)
     def _compute() -> None:
@@ -233,31 +259,28 @@ def _kernel(
             plgpu.set_max_registers(240 if computing == 2 else 160, action="increase")
         mine = work()
         visits = mine.visits
-        layout = plgpu.Layout.WGMMA
-
-        def laid(value: Array, of_line: bool = False) -> Array:
-            return value if interpret else plgpu.layout_cast(value, layout.reduce(1) if of_line else layout)
-
-        def iota(axis: int) -> Array:
-            sizes = (_LINES, key_block)
-            if interpret:
-                return jax.lax.broadcasted_iota(jnp.int32, sizes, axis)
-            return plgpu.broadcasted_iota(jnp.int32, sizes, axis, layout=layout)
+        laid = functools.partial(hopper.laid, interpret=interpret)
+        iota = functools.partial(hopper.iota, key_block, interpret=interpret)
 
         def over_keys(of_line: Array) -> Array:
-            return jax.lax.broadcast_in_dim(of_line, (_LINES, key_block), [0])
+            return jax.lax.broadcast_in_dim(of_line, (LINES, key_block), [0])
 
         def slot_of(turn: Array) -> Array:
             return jax.lax.rem(turn, slots)
 
-        lines = pl.ds(warpgroup * _LINES, _LINES)
+        lines = pl.ds(warpgroup * LINES, LINES)
         factor = scale * math.log2(math.e)
 
         def weigh(scores: Array, highest: Array, total: Array, turn: Array, masked: bool) -> tuple[Array, ...]:
             """The new maximum and sum, the factor of what came before, and the block's weights."""
             if masked:
-                line = warpgroup * _LINES + iota(0)
-                ahead = mine.first_token - (mine.begin + turn * splits) * key_block + jax.lax.rem(line, jnp.int32(tile_rows)) - iota(1)
+                line = warpgroup * LINES + iota(0)
+                ahead = (
+                    mine.first_token
+                    - (mine.begin + turn * splits) * key_block
+                    + jax.lax.rem(line, jnp.int32(tile_rows))
+                    - iota(1)
+                )
                 seen = ahead >= 0
                 if window is not None:
                     seen &= ahead < window
@@ -303,7 +326,7 @@ def _kernel(
                     pass_turn()
                     return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
 
-                scores = pl.run_scoped(score, ACC((_LINES, key_block), jnp.float32))
+                scores = pl.run_scoped(score, ACC((LINES, key_block), jnp.float32))
                 plgpu.barrier_arrive(keys_done.at[here])
                 return weigh(scores, highest, total, turn, masked)
 
@@ -314,7 +337,7 @@ def _kernel(
                 new_highest, total, keep, weights = weigh_next()
                 mixed = mix_here(narrow, mixed, before)
             else:
-                weights = laid(jnp.zeros((_LINES, key_block), jnp.float32))
+                weights = laid(jnp.zeros((LINES, key_block), jnp.float32))
                 results = pl.run_state(beside)((ACC.init(mixed), highest, total, highest, weights))
                 mixed, new_highest, total, keep, weights = cast("tuple[Array, ...]", results)
             plgpu.barrier_arrive(values_done.at[before])
@@ -326,12 +349,12 @@ def _kernel(
         if config.take_turns:
             pl.when(warpgroup == computing - 1)(pass_turn)
         plgpu.barrier_wait(queries_here)
-        scores = pl.run_scoped(first_scores, ACC((_LINES, key_block), jnp.float32))
+        scores = pl.run_scoped(first_scores, ACC((LINES, key_block), jnp.float32))
         plgpu.barrier_arrive(keys_done.at[0])
-        highest = laid(jnp.full((_LINES,), LOWEST, jnp.float32), True)
-        total = laid(jnp.zeros((_LINES,), jnp.float32), True)
+        highest = laid(jnp.full((LINES,), LOWEST, jnp.float32))
+        total = laid(jnp.zeros((LINES,), jnp.float32))
         highest, total, _, weights = weigh(scores, highest, total, jnp.int32(0), True)
-        state = (highest, total, weights.astype(jnp.bfloat16), laid(jnp.zeros((_LINES, head_dim), jnp.float32)))
+        state = (highest, total, weights.astype(jnp.bfloat16), laid(jnp.zeros((LINES, head_dim), jnp.float32)))
         seen_from = jnp.int32(1) if window is None else jnp.clip(mine.all_from, 1, visits)
         seen_to = jnp.clip(mine.all_to, seen_from, visits)
         if window is not None:
@@ -350,7 +373,7 @@ def _kernel(
         if config.take_turns:
             pl.when(warpgroup == 0)(wait_for_turn)
         if splits > 1:
-            of_tile = pl.ds((mine.tile * computing + warpgroup) * _LINES, _LINES)
+            of_tile = pl.ds((mine.tile * computing + warpgroup) * LINES, LINES)
             sums = (mixed, highest * math.log(2), total)
             for ref, value in zip(out_refs, sums, strict=True):
                 ref[mine.split, mine.slot, mine.head, of_tile] = value
