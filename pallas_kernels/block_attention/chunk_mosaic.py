@@ -1,12 +1,12 @@
 """Block attention for chunks of a prompt as a Pallas Mosaic GPU kernel, for heads of 64 to 256 on Hopper cards.
 
-A program takes lines of one slot and KV head (64 for each warpgroup that computes) and reads all keys that they see,
-so there is nothing to put together afterwards. While a warpgroup takes exponentials of a block's scores, its weights of
-the block before are multiplied with their values, and the other warpgroup's products run.
+A program takes 128 lines of one slot and KV head and reads all keys that they see, or a split's share of them where
+such programs are too few for the card. While a warpgroup takes exponentials of a block's scores, its weights of the
+block before are multiplied with their values, and the other warpgroup's products run. They issue products in turns.
 
-    grid (tiles from the last rows on, kv_heads, slots)
-      warpgroup 0, 1 (, 2)   64 lines each: scores of a block -> running maximum and sum -> weights @ values
-      the last warpgroup     copies: queries, blocks of keys and values (some slots ahead), the result
+    grid (tiles from the last rows on, kv_heads, slots * splits)
+      warpgroup 0, 1   64 lines each: scores of a block -> running maximum and sum -> weights @ values
+      warpgroup 2      copies: queries, blocks of keys and values (some slots of memory ahead), the result
 
 A line is a row of one head; a tile has the same rows of all heads of the group, one head behind the other. Where rows
 do not divide into tiles, the last tile begins earlier: its first rows are computed twice, with the same bits.
@@ -32,6 +32,7 @@ from pallas_kernels.block_attention.combine import combine
 from pallas_kernels.block_attention.hopper import LINES, PROGRAMS
 from pallas_kernels.online_softmax import LOWEST
 
+TILE = 2 * LINES
 LEAST_ROWS = 128
 """Of a chunk; steps and trees have fewer rows and other kernels, so that plain steps and blocks have the same bits."""
 _COST_OF_SPLIT = 0.04
@@ -45,26 +46,20 @@ HEAD_DIMS = (64, 128, 256)
 class Config:
     """How the work is cut.
 
-    key_block   keys that a warpgroup looks at together
-    slots       blocks of keys, and as many of values, that shared memory holds
-    warpgroups  that compute, with 64 lines each
-    take_turns  warpgroups issue their products one after the other
-    splits      shares of the keys, each a program of its own; None: what fills the card
+    key_block  keys that a warpgroup looks at together
+    slots      blocks of keys, and as many of values, that shared memory holds
+    splits     shares of the keys, each a program of its own; None: what fills the card
     """
 
     key_block: int
     slots: int
-    warpgroups: int = 2
-    take_turns: bool = True
     splits: int | None = None
 
 
 def config_for(head_dim: int, page_size: int) -> Config:
-    """What fits registers and shared memory."""
-    if head_dim == 256:
-        return Config(64, 2, take_turns=False)
-    key_block = 64 if page_size % 128 else 128
-    return Config(key_block, {64: 512, 128: 384}[head_dim] // key_block)
+    """What was fastest on an H100; heads of 256 leave registers for 64 keys only."""
+    key_block = 64 if head_dim == 256 or page_size % 128 else 128
+    return Config(key_block, slots={64: 2, 128: 3, 256: 2}[head_dim])
 
 
 def why_not(
@@ -93,17 +88,17 @@ def why_not(
         return f"takes pages of a multiple of 64 tokens, got {page_size}"
     if rows < LEAST_ROWS or rows % ROWS:
         return f"takes a multiple of {ROWS} rows from {LEAST_ROWS} on, got {rows}"
-    if group * ROWS > 2 * LINES:
-        return f"takes groups of {2 * LINES // ROWS} heads at most, got {group}"
+    if group * ROWS > TILE:
+        return f"takes groups of {TILE // ROWS} heads at most, got {group}"
     return None
 
 
 def splits_of(programs: int, blocks: int) -> int:
-    """A power of two: programs run in waves of one for each multiprocessor, and a half-empty wave takes as long.
+    """What takes least: programs run in waves of one for each multiprocessor, and a half-empty wave takes as long.
 
     It follows from shapes alone, so that the same row is always split alike.
     """
-    options = [1 << power for power in range(4) if 1 << power <= max(1, blocks // 2)]
+    options = [splits for splits in (1, 2, 4) if splits <= max(1, blocks // 2)]
     return min(options, key=lambda splits: -(-programs * splits // PROGRAMS) / splits + _COST_OF_SPLIT * splits)
 
 
@@ -135,12 +130,11 @@ def block_attention(
     kv_heads = key_pool.shape[1]
     group = heads // kv_heads
     config = config or config_for(head_dim, page_size)
-    lines = config.warpgroups * LINES
-    tile_rows = min(lines // group, rows) // ROWS * ROWS
+    tile_rows = min(TILE // group, rows) // ROWS * ROWS
     tiles = -(-rows // tile_rows)
     blocks = page_table.shape[1] * page_size // config.key_block
     splits = config.splits or splits_of(batch * kv_heads * tiles, blocks)
-    sums = (splits, batch, kv_heads, tiles * lines)
+    sums = (splits, batch, kv_heads, tiles * TILE)
     shapes = [(*sums, head_dim), sums, sums]
     results = plgpu.kernel(
         functools.partial(
@@ -161,19 +155,19 @@ def block_attention(
         else [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         grid=(tiles, kv_heads, batch * splits),
         grid_names=("tile", "head", "place"),
-        num_threads=config.warpgroups + 1,
+        num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
-            hopper.shared(lines, head_dim),
+            hopper.shared(TILE, head_dim),
             hopper.shared(config.slots, config.key_block, head_dim),
             hopper.shared(config.slots, config.key_block, head_dim),
             plgpu.Barrier(num_arrivals=group),
             plgpu.Barrier(num_barriers=config.slots),
             plgpu.Barrier(num_barriers=config.slots),
-            plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.slots),
-            plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.slots),
-            plgpu.Barrier(num_barriers=config.warpgroups),
-            plgpu.Barrier(num_arrivals=config.warpgroups),
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.slots),
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.slots),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_arrivals=2),
         ],
         **hopper.how(interpret=interpret),
     )(queries.astype(jnp.bfloat16), key_pool, value_pool, page_table, starts)
@@ -182,7 +176,7 @@ def block_attention(
 
     def entry(row: Array, of_group: Array) -> Array:
         tile = row // tile_rows
-        return tile * lines + of_group * tile_rows + row - jnp.minimum(tile * tile_rows, rows - tile_rows)
+        return tile * TILE + of_group * tile_rows + row - jnp.minimum(tile * tile_rows, rows - tile_rows)
 
     how = {"rows": rows, "group": group, "dtype": queries.dtype, "entry": entry, "interpret": interpret}
     return combine(*results, **how)
@@ -228,7 +222,7 @@ def _kernel(
     *out_refs, queries, keys, values, queries_here, keys_here, values_here = refs[:-4]
     keys_done, values_done, turn_of, mixed_here = refs[-4:]
     warpgroup = jax.lax.axis_index("warpgroup")
-    key_block, slots, computing = config.key_block, config.slots, config.warpgroups
+    key_block, slots = config.key_block, config.slots
     all_rows, head_dim, pages = query_ref.shape[1], query_ref.shape[3], table_ref.shape[1]
 
     def work() -> _Work:
@@ -253,10 +247,10 @@ def _kernel(
         visits = jnp.maximum(before(end), 1)  # what begins with a block has one, even if no row sees it
         return _Work(tile, head, slot, split, first_row, first_token, begin, before(all_from), before(all_to), visits)
 
-    @pl.when(warpgroup < computing)
+    @pl.when(warpgroup < 2)
     def _compute() -> None:
         if not interpret:
-            plgpu.set_max_registers(240 if computing == 2 else 160, action="increase")
+            plgpu.set_max_registers(240, action="increase")
         mine = work()
         visits = mine.visits
         laid = functools.partial(hopper.laid, interpret=interpret)
@@ -296,12 +290,10 @@ def _kernel(
             return mixed + jnp.dot(narrow.astype(jnp.float32), values[value_slot].astype(jnp.float32))
 
         def wait_for_turn() -> None:
-            if config.take_turns:
-                plgpu.barrier_wait(turn_of.at[warpgroup])
+            plgpu.barrier_wait(turn_of.at[warpgroup])
 
         def pass_turn() -> None:
-            if config.take_turns:
-                plgpu.barrier_arrive(turn_of.at[jax.lax.rem(warpgroup + 1, computing)])
+            plgpu.barrier_arrive(turn_of.at[1 - warpgroup])
 
         def first_scores(scores_ref):
             plgpu.barrier_wait(keys_here.at[0])
@@ -346,8 +338,7 @@ def _kernel(
             mixed = mixed * jax.lax.broadcast_in_dim(keep, mixed.shape, [0])
             return new_highest, total, narrow, mixed
 
-        if config.take_turns:
-            pl.when(warpgroup == computing - 1)(pass_turn)
+        pl.when(warpgroup == 1)(pass_turn)
         plgpu.barrier_wait(queries_here)
         scores = pl.run_scoped(first_scores, ACC((LINES, key_block), jnp.float32))
         plgpu.barrier_arrive(keys_done.at[0])
@@ -370,10 +361,9 @@ def _kernel(
             mix_last = pl.run_state(lambda mixed_ref: plgpu.wgmma(mixed_ref, narrow, values.at[last]))
             mixed = cast("Array", mix_last(ACC.init(mixed)))
         plgpu.barrier_arrive(values_done.at[last])
-        if config.take_turns:
-            pl.when(warpgroup == 0)(wait_for_turn)
+        pl.when(warpgroup == 0)(wait_for_turn)
         if splits > 1:
-            of_tile = pl.ds((mine.tile * computing + warpgroup) * LINES, LINES)
+            of_tile = pl.ds(mine.tile * TILE + warpgroup * LINES, LINES)
             sums = (mixed, highest * math.log(2), total)
             for ref, value in zip(out_refs, sums, strict=True):
                 ref[mine.split, mine.slot, mine.head, of_tile] = value
@@ -384,10 +374,10 @@ def _kernel(
             plgpu.commit_smem()
             plgpu.barrier_arrive(mixed_here)
 
-    @pl.when(warpgroup == computing)
+    @pl.when(warpgroup == 2)
     def _copy() -> None:
         if not interpret:
-            plgpu.set_max_registers(24 if computing == 2 else 32, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
         mine = work()
         slot, head, visits = mine.slot, mine.head, mine.visits

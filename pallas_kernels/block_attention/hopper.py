@@ -12,7 +12,7 @@ from jaxtyping import Array
 LINES = 64
 """Lines of a warpgroup: what its matrix instruction takes."""
 PROGRAMS = 132
-"""One for each multiprocessor of an H100: shared memory holds no second one."""
+"""One for each multiprocessor of an H100: its registers or its shared memory hold no second one."""
 
 
 def how(*, interpret: bool) -> dict[str, Any]:

@@ -111,9 +111,9 @@ def test_mosaic_is_a_dense_softmax(name: str) -> None:
     ("name", "config"),
     [
         ("chunk, heads of 64", None),
-        ("chunk, heads of 64", chunk_mosaic.Config(64, 2, warpgroups=3, splits=1)),
+        ("chunk, heads of 64", chunk_mosaic.Config(64, 3, splits=1)),
         ("chunk, heads of 128, two slots", None),
-        ("chunk, heads of 128, two slots", chunk_mosaic.Config(64, 2, take_turns=False, splits=1)),
+        ("chunk, heads of 128, two slots", chunk_mosaic.Config(64, 2, splits=1)),
         ("chunk, heads of 256, window", None),
         ("chunk, heads of 256, window", chunk_mosaic.Config(64, 2, splits=8)),
         ("chunk, wide window in a ring", None),
@@ -125,7 +125,22 @@ def test_chunks_on_mosaic_are_a_dense_softmax(name: str, config: chunk_mosaic.Co
     positional, keywords = case.arguments()
     out = chunk_mosaic.block_attention(*positional, **keywords, config=config, interpret=True)
     expected = dense_attention(case)
-    np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=2e-2, rtol=2e-2)
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=2e-3, rtol=1e-2)  # one key more shows
+
+
+@pytest.mark.parametrize("head_dim", chunk_mosaic.HEAD_DIMS)
+@pytest.mark.parametrize("page_size", [64, 128, 256])
+def test_blocks_of_a_chunk_lie_in_pages_and_fit_shared_memory(head_dim: int, page_size: int) -> None:
+    config = chunk_mosaic.config_for(head_dim, page_size)
+    assert page_size % config.key_block == 0
+    assert 2 * head_dim * (chunk_mosaic.TILE + 2 * config.slots * config.key_block) <= 226 * 1024
+
+
+@pytest.mark.parametrize(
+    ("programs", "blocks", "splits"), [(78, 64, 4), (128, 1024, 1), (256, 128, 1), (32, 256, 4), (50, 64, 2), (1, 3, 1)]
+)
+def test_chunks_are_split_where_they_do_not_fill_the_card(programs: int, blocks: int, splits: int) -> None:
+    assert chunk_mosaic.splits_of(programs, blocks) == splits
 
 
 @NEEDS_INTERPRETER
