@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from pallas_kernels.block_attention import api as block_attention
-from pallas_kernels.block_attention import chunk_mosaic
+from pallas_kernels.block_attention import chunk_mosaic, reference
 from pallas_kernels.block_attention import mosaic as attention_mosaic
 from pallas_kernels.block_attention import triton as attention_triton
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
@@ -126,6 +126,26 @@ def test_chunks_on_mosaic_are_a_dense_softmax(name: str, config: chunk_mosaic.Co
     out = chunk_mosaic.block_attention(*positional, **keywords, config=config, interpret=True)
     expected = dense_attention(case)
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=2e-3, rtol=1e-2)  # one key more shows
+
+
+@NEEDS_INTERPRETER
+def test_scores_of_a_chunk_may_be_far_from_zero() -> None:
+    """A maximum that is not the scores' own would take all weights to zero or to infinity."""
+    case = AttentionCase("", (70,), 128, 2, 1, 64, 64, 4, dtype="bfloat16")
+    (queries, *rest), keywords = case.arguments()
+    out = chunk_mosaic.block_attention(queries * 64, *rest, **keywords, interpret=True)
+    expected = reference.block_attention(queries * 64, *rest, **keywords)
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=2e-2, rtol=2e-2)
+
+
+@NEEDS_INTERPRETER
+def test_rows_of_a_chunk_behind_the_last_page_stay_finite() -> None:
+    """They see nothing or garbage, and their own keys and values go to page 0, which is to stay finite."""
+    case = AttentionCase("", (250,), 128, 2, 1, 64, 64, 4, dtype="bfloat16", window=30)
+    positional, keywords = case.arguments()
+    out = chunk_mosaic.block_attention(*positional, **keywords, config=chunk_mosaic.Config(64, 2, 1), interpret=True)
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+    np.testing.assert_array_equal(np.asarray(out, np.float32)[0, 35:64], 0.0)
 
 
 @pytest.mark.parametrize("head_dim", chunk_mosaic.HEAD_DIMS)
