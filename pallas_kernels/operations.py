@@ -16,7 +16,7 @@ import numpy as np
 
 from pallas_kernels.attention_rows.api import HeadNorms, KvPool, Tables, attention_rows
 from pallas_kernels.best_tokens.api import best_tokens
-from pallas_kernels.block_attention.api import block_attention
+from pallas_kernels.block_attention.api import HOPPER, block_attention
 from pallas_kernels.cases import Seed
 from pallas_kernels.cases.attention import (
     LARGE_ATTENTION,
@@ -220,7 +220,7 @@ def differing_blocks(actual: np.ndarray, expected: np.ndarray) -> float:
 class Operation:
     """An operation's public name and its cases. `error` compares a result with the reference's.
 
-    `hopper` is whether it has another kernel for Hopper cards, for some cases.
+    `hopper` names its other kernels for Hopper cards, for some cases.
     """
 
     name: str
@@ -228,22 +228,24 @@ class Operation:
     small: Sequence[Case]
     large: Sequence[Case]
     error: Callable[[np.ndarray, np.ndarray], float] = largest_difference
-    hopper: bool = False
+    hopper: Sequence[str] = ()
 
     def kernels(self, case: Case) -> tuple[str, ...]:
         """The implementations for an NVIDIA GPU that take a case."""
         positional, keywords = shapes(case)
-        try:
-            if self.hopper:
-                jax.eval_shape(functools.partial(self.function, **keywords, implementation="mosaic"), *positional)
-                return "triton", "mosaic"
-        except NotImplementedError:
-            pass
-        return ("triton",)
+
+        def takes(name: str) -> bool:
+            try:
+                jax.eval_shape(functools.partial(self.function, **keywords, implementation=name), *positional)
+            except NotImplementedError:
+                return False
+            return True
+
+        return ("triton", *filter(takes, self.hopper))
 
 
 OPERATIONS: tuple[Operation, ...] = (
-    Operation("block_attention", block_attention, SMALL_ATTENTION, LARGE_ATTENTION, hopper=True),
+    Operation("block_attention", block_attention, SMALL_ATTENTION, LARGE_ATTENTION, hopper=HOPPER),
     Operation("token_scoring", token_scores, SMALL_SCORING, LARGE_SCORING),
     Operation("sparse_selection", listed_blocks, SMALL_SELECTION, LARGE_SELECTION, differing_blocks),
     Operation("sparse_attention", attend_blocks, SMALL_SPARSE, LARGE_SPARSE),
@@ -332,7 +334,7 @@ def measure(todo: Sequence[tuple[Operation, Case]], limits: Limits | None) -> It
         (operation, case, name)
         for operation, case in todo
         for name in (operation.kernels(case) if on_gpu else (None,))
-        if name != "mosaic" or on_hopper()
+        if name not in operation.hopper or on_hopper()
     ]
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(every), 2 * workers):

@@ -2,8 +2,8 @@
 
     python tools/compare_kernels.py [--json FILE]
 
-- Chunks of a prompt by our kernel and by cuDNN (jax.nn.dot_product_attention on keys that lie one behind the other;
-  it masks nothing here, so that it sees up to half a chunk of keys more).
+- Chunks of a prompt by the kernel that is chosen for them and by cuDNN (jax.nn.dot_product_attention on keys that lie
+  one behind the other; it masks nothing here: every row sees the chunk's last key, and all keys of a chunk's windows).
 - Four answers at a time, 64 rows in one call, beside one answer's 16.
 - From scores of every layer to the tokens that are kept, of 131,072.
 """

@@ -21,9 +21,8 @@ DEVICES = {"cpu": "2 CPU cores", "h100": "H100"}
 def main() -> None:
     fill(ROOT / "README.md", [*prefill(), "", *decode(), "", *steps()])
     fill(ROOT / "docs" / "training.md", [*drafting(), "", *by_context(), "", *recipes()])
-    fill(
-        ROOT / "docs" / "kernels.md", [*checks(), "", *wide_heads(), "", *matmuls(), "", *whole_steps(), "", *shares()]
-    )
+    kernels = (checks(), wide_heads(), chunks(), matmuls(), whole_steps(), shares())
+    fill(ROOT / "docs" / "kernels.md", [line for table in kernels for line in (*table, "")][:-1])
 
 
 def fill(file: Path, lines: list[str]) -> None:
@@ -133,6 +132,19 @@ def wide_heads() -> list[str]:
     for row in read("h100-attention-512.json")["rows"]:
         share = f"{100 * row['floor_us'] / row['mosaic_us']:.0f} %"
         times = " | ".join(f"{row[key]:.0f} µs" for key in ("triton_us", "mosaic_us", "floor_us"))
+        lines.append(f"| {row['case']} | {times} | {share} |")
+    return lines
+
+
+def chunks() -> list[str]:
+    """Both kernels for chunks of a prompt, on pages, and cuDNN's on keys that lie one behind the other."""
+    lines = [
+        "| chunk of a prompt, in a chain | Triton | Mosaic | cuDNN, contiguous keys | floor | of the limit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in read("h100-chunk-attention.json")["rows"]:
+        share = f"{100 * row['floor_us'] / row['mosaic_us']:.0f} %"
+        times = " | ".join(f"{row[key]:.0f} µs" for key in ("triton_us", "mosaic_us", "cudnn_us", "floor_us"))
         lines.append(f"| {row['case']} | {times} | {share} |")
     return lines
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_attention import mosaic, reference, triton
+from pallas_kernels.block_attention import chunk_mosaic, mosaic, reference, triton
 from pallas_kernels.block_attention.ancestry import MOST_ROWS, Ancestry
 from pallas_kernels.implementations import choose
 from pallas_kernels.paged import on_hopper, why_not
 
-IMPLEMENTATIONS = {"reference": reference, "triton": triton, "mosaic": mosaic}
+IMPLEMENTATIONS = {"reference": reference, "triton": triton, "mosaic": mosaic, "chunk_mosaic": chunk_mosaic}
+HOPPER = ("mosaic", "chunk_mosaic")
+"""Those for Hopper cards; no two take the same arguments."""
 
 
 def block_attention(
@@ -57,8 +59,9 @@ def block_attention(
     if implementation is None:
         options = {"page_size": page_size, "window": window, "causal": causal, "compact": compact}
         options["tree"] = tree is not None
-        if on_hopper() and mosaic.why_not(queries, key_pool, value_pool, **options) is None:
-            chosen = "mosaic"
+        for name in HOPPER if on_hopper() else ():
+            if IMPLEMENTATIONS[name].why_not(queries, key_pool, value_pool, **options) is None:
+                chosen = name
     return IMPLEMENTATIONS[chosen].block_attention(
         queries,
         key_pool,

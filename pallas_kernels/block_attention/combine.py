@@ -8,6 +8,8 @@ than the attention itself.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +36,22 @@ def combine(
     rows: int,
     group: int,
     dtype: DTypeLike,
+    entry: Callable[[Array, Array], Array] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B rows heads D"]:
     """Rows of all heads from sums over splits: `mixed` and `total` are relative to `exp(highest)`.
 
-    Of the stacked axis, row r of head g (of the group that shares a KV head) is entry `r * group + g`; what stands
-    behind these is padding. A row with a total of zero gives zeros.
+    Of the stacked axis, row r of head g (of the group that shares a KV head) is entry `r * group + g`, or
+    `entry(r, g)`; all else is padding. A row with a total of zero gives zeros.
     """
     splits, batch, kv_heads, _, head_dim = mixed.shape
 
     def of_row(*last: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (splits, None, None, None, *last), lambda slot, head, row: (0, slot, head, row, *[0] * len(last))
-        )
+        def place(slot: Array, head: Array, line: Array) -> tuple[Any, ...]:
+            at = line if entry is None else entry(line // group, line % group)
+            return 0, slot, head, at, *[0] * len(last)
+
+        return pl.BlockSpec((splits, None, None, None, *last), place)
 
     return pl.pallas_call(
         _kernel,

@@ -28,18 +28,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_attention import hopper
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
+from pallas_kernels.block_attention.hopper import LINES, PROGRAMS
 from pallas_kernels.block_attention.paths import Paths, paths_of
 from pallas_kernels.online_softmax import LOWEST
 from pallas_kernels.paged import pool_rows
 
-TILE = 64
-"""Lines of a program: what the large matrix instruction of a warpgroup takes."""
 KEY_BLOCK = 64
 HEAD_DIM, _HALF = 512, 256
-_PROGRAMS = 132
-"""One for each multiprocessor of an H100: shared memory holds no second one."""
 _KEY_SLOTS, _VALUE_SLOTS = 2, 3
 _TREE_BLOCKS = 2
 """Blocks of keys that the rows of a tree may lie in."""
@@ -71,8 +69,8 @@ def why_not(
         return "takes causal attention without a window"
     if page_size % KEY_BLOCK:
         return f"takes pages of a multiple of {KEY_BLOCK} tokens, got {page_size}"
-    if group not in (8, 16, 32, 64) or (rows * group % TILE and not tree):
-        return f"takes a multiple of {TILE} lines by groups of 8 to {TILE}, got {rows} rows of groups of {group}"
+    if group not in (8, 16, 32, 64) or (rows * group % LINES and not tree):
+        return f"takes a multiple of {LINES} lines by groups of 8 to {LINES}, got {rows} rows of groups of {group}"
     return None
 
 
@@ -100,16 +98,11 @@ def block_attention(
     batch, rows, heads, _ = queries.shape
     kv_heads, key_dim = key_pool.shape[1:]
     group = heads // kv_heads
-    tiles = -(-rows * group // TILE)
-    tiles_alike = tiles if tree is None else -(-STEP_ROWS * group // TILE)
+    tiles = -(-rows * group // LINES)
+    tiles_alike = tiles if tree is None else -(-STEP_ROWS * group // LINES)
     blocks = page_table.shape[1] * page_size // KEY_BLOCK
-    splits = splits_for(_PROGRAMS // (batch * kv_heads * tiles_alike), blocks)
-    shape = (splits, batch, kv_heads, tiles * TILE)
-    tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-
-    def shared(*sizes: int) -> Any:
-        return plgpu.SMEM(sizes, jnp.bfloat16, transforms=(tiling, swizzle))
-
+    splits = splits_for(PROGRAMS // (batch * kv_heads * tiles_alike), blocks)
+    shape = (splits, batch, kv_heads, tiles * LINES)
     kernel = functools.partial(
         _kernel,
         group=group,
@@ -121,12 +114,9 @@ def block_attention(
     )
     of_tree = ()
     if tree is not None:
-        paths = paths_of(tree, starts, TILE // group)
+        paths = paths_of(tree, starts, LINES // group)
         keys, values = _gathered(key_pool, value_pool, page_table, starts, tree, paths, page_size)
         kernel, of_tree = _taking_paths(kernel), (paths.counts, _keys_seen(paths.last_seen, starts), keys, values)
-    how: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(approx_math=True)}
-    if interpret:
-        how = {"interpret": _interpreter()}
     mixed, highest, total = plgpu.kernel(
         kernel,
         out_type=[
@@ -139,16 +129,16 @@ def block_attention(
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
-            shared(TILE, key_dim + HEAD_DIM),
-            shared(_KEY_SLOTS, KEY_BLOCK, key_dim),
-            shared(_VALUE_SLOTS, KEY_BLOCK, _HALF),
-            plgpu.Barrier(num_arrivals=TILE // group),
+            hopper.shared(LINES, key_dim + HEAD_DIM),
+            hopper.shared(_KEY_SLOTS, KEY_BLOCK, key_dim),
+            hopper.shared(_VALUE_SLOTS, KEY_BLOCK, _HALF),
+            plgpu.Barrier(num_arrivals=LINES // group),
             plgpu.Barrier(num_barriers=_KEY_SLOTS),
             plgpu.Barrier(num_barriers=_VALUE_SLOTS),
             plgpu.Barrier(num_arrivals=2, num_barriers=_KEY_SLOTS),
             plgpu.Barrier(num_arrivals=2, num_barriers=_VALUE_SLOTS),
         ],
-        **how,
+        **hopper.how(interpret=interpret),
     )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts, *of_tree)
     return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
 
@@ -186,12 +176,6 @@ def _taking_paths(kernel: Any) -> Any:
     return lambda *refs: kernel(*refs[:5], *refs[9:], paths=refs[5:9])
 
 
-def _interpreter() -> Any:
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        raise NotImplementedError("block_attention on Mosaic is interpreted by jax 0.11 and later only")
-    return plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _kernel(
     query_ref,
     key_ref,
@@ -221,7 +205,7 @@ def _kernel(
     place, head, tile = (jax.lax.axis_index(name) for name in ("place", "head", "tile"))
     warpgroup = jax.lax.axis_index("warpgroup")
     slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
-    rows = TILE // group
+    rows = LINES // group
     first_row = tile * rows
     start = starts_ref[slot]
     all_rows, key_dim = query_ref.shape[1], key_ref.shape[2]
@@ -256,16 +240,8 @@ def _kernel(
     def _compute() -> None:
         if not interpret:
             plgpu.set_max_registers(232, action="increase")
-        layout = plgpu.Layout.WGMMA
-
-        def laid(value: Array, of_line: bool = False) -> Array:
-            return value if interpret else plgpu.layout_cast(value, layout.reduce(1) if of_line else layout)
-
-        def iota(axis: int) -> Array:
-            sizes = (TILE, KEY_BLOCK)
-            if interpret:
-                return jax.lax.broadcasted_iota(jnp.int32, sizes, axis)
-            return plgpu.broadcasted_iota(jnp.int32, sizes, axis, layout=layout)
+        laid = functools.partial(hopper.laid, interpret=interpret)
+        iota = functools.partial(hopper.iota, KEY_BLOCK, interpret=interpret)
 
         def row_of_line() -> Array:
             return jax.lax.shift_right_logical(iota(0), jnp.int32(group.bit_length() - 1))
@@ -287,7 +263,7 @@ def _kernel(
                     plgpu.wgmma(scores_ref, queries.at[:, columns], values.at[halves[half]].T)
                 return scores_ref[...]
 
-            scores = pl.run_scoped(score, ACC((TILE, KEY_BLOCK), jnp.float32)) * scale
+            scores = pl.run_scoped(score, ACC((LINES, KEY_BLOCK), jnp.float32)) * scale
             plgpu.barrier_arrive(keys_done.at[key_slot])
 
             other = jax.lax.rem(2 * turn + (1 - warpgroup), _VALUE_SLOTS)
@@ -319,12 +295,12 @@ def _kernel(
             return new_highest, total, mixed
 
         nothing = (
-            laid(jnp.full((TILE,), LOWEST, jnp.float32), True),
-            laid(jnp.zeros((TILE,), jnp.float32), True),
-            laid(jnp.zeros((TILE, _HALF), jnp.float32)),
+            laid(jnp.full((LINES,), LOWEST, jnp.float32)),
+            laid(jnp.zeros((LINES,), jnp.float32)),
+            laid(jnp.zeros((LINES, _HALF), jnp.float32)),
         )
         highest, total, mixed = jax.lax.fori_loop(0, visits, visit, nothing)
-        lines = pl.ds(tile * TILE, TILE)
+        lines = pl.ds(tile * LINES, LINES)
         mixed_ref[split, slot, head, lines, pl.ds(warpgroup * _HALF, _HALF)] = mixed
 
         @pl.when(warpgroup == 0)

@@ -269,6 +269,13 @@ SMALL_ATTENTION = (
     AttentionCase("compact, one row", (37,), 1, 4, 2, 64, 16, 4, key_dim=16),
     AttentionCase("compact head of 512", (70,), 16, 4, 1, 512, 16, 6, key_dim=128),
     AttentionCase("compact head of 512, tiles", (300, 5), 16, 8, 1, 512, 64, 6, dtype="bfloat16", key_dim=128),
+    AttentionCase("chunk, heads of 64", (333,), 128, 3, 1, 64, 64, 9, dtype="bfloat16"),
+    # Edges of blocks: rows that see one key less than whole blocks, or one more; windows alike.
+    AttentionCase("chunk, heads of 128, two slots", (126, 65), 136, 4, 2, 128, 128, 3, dtype="bfloat16"),
+    AttentionCase("chunk, heads of 256, window", (196,), 128, 2, 1, 256, 64, 6, dtype="bfloat16", window=70),
+    AttentionCase(
+        "chunk, wide window in a ring", (649,), 128, 2, 1, 64, 128, 4, dtype="bfloat16", window=200, ring=True
+    ),
     AttentionCase("tree", (21, 5), 16, 6, 2, 32, 16, 4, tree=True),
     AttentionCase("tree, many splits", (150, 27), 16, 4, 2, 32, 16, 16, tree=True),
     AttentionCase("tree of 32 rows", (70,), 32, 4, 2, 32, 16, 12, tree=True),

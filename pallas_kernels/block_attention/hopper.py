@@ -1,0 +1,43 @@
+"""What the Mosaic GPU kernels for Hopper cards share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+LINES = 64
+"""Lines of a warpgroup: what its matrix instruction takes."""
+PROGRAMS = 132
+"""One for each multiprocessor of an H100: its registers or its shared memory hold no second one."""
+
+
+def how(*, interpret: bool) -> dict[str, Any]:
+    """What `plgpu.kernel` is to do with a kernel."""
+    if not interpret:
+        return {"compiler_params": plgpu.CompilerParams(approx_math=True)}
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        raise NotImplementedError("block_attention on Mosaic is interpreted by jax 0.11 and later only")
+    return {"interpret": plgpu.InterpretGPUParams()}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def shared(*sizes: int) -> Any:
+    """Shared memory for bf16, as copies and products want it laid out."""
+    return plgpu.SMEM(sizes, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def laid(value: Array, *, interpret: bool) -> Array:
+    """A number for each line, or a matrix of lines, in the registers where products have it."""
+    if interpret:
+        return value
+    return plgpu.layout_cast(value, plgpu.Layout.WGMMA.reduce(1) if value.ndim == 1 else plgpu.Layout.WGMMA)
+
+
+def iota(keys: int, axis: int, *, interpret: bool) -> Array:
+    """The number of the line or key of each of a block's scores."""
+    if interpret:
+        return jax.lax.broadcasted_iota(jnp.int32, (LINES, keys), axis)
+    return plgpu.broadcasted_iota(jnp.int32, (LINES, keys), axis, layout=plgpu.Layout.WGMMA)
