@@ -110,9 +110,8 @@ def test_a_drafter_is_trained_goes_on_and_serves(model_folder, tmp_path):
     assert answers[0] == answers[1]
 
 
-def test_a_run_begins_with_another_drafter(model_folder, tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    train(model_folder, first, *OPTIONS, "--steps", 2)
+def test_a_run_begins_with_another_drafter(model_folder, trained, tmp_path):
+    first, second = shutil.copytree(trained, tmp_path / "first"), tmp_path / "second"
     samples = ("--samples", first / "samples.npz")
     assert "(1 steps)" in train(model_folder, second, *OPTIONS, *samples, "--start", first, "--steps", 1)
     refused = CliRunner().invoke(
@@ -145,9 +144,9 @@ def test_a_run_begins_with_a_quantised_drafter(model_folder, trained, tmp_path, 
         assert np.linalg.norm(new - old) <= nearness * np.linalg.norm(old), name
 
 
-def test_a_run_adds_a_convolution_to_another_drafter(model_folder, tmp_path):
+def test_a_run_adds_a_convolution_to_another_drafter(model_folder, trained, tmp_path):
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    train(model_folder, first, *OPTIONS, "--steps", 2)
+    shutil.copytree(trained, first)
     samples = ("--samples", first / "samples.npz")
     train(model_folder, second, *OPTIONS, *samples, "--start", first, "--convolution", "--steps", 2)
     model = load_model(model_folder, drafter=second)
