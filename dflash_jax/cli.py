@@ -95,18 +95,26 @@ _model = click.argument("model", required=False, type=_FILE)
 _drafter = click.option("--drafter", type=_FILE, help="The model that proposes blocks.")
 
 
-def _tree_rows(context: click.Context, parameter: click.Parameter, rows: int | None) -> int | None:
-    if rows == 1:
-        raise click.BadParameter(
-            "a tree has 2 rows at least, the anchor's among them; 0 is a chain", context, parameter
-        )
-    return rows
+class _TreeRows(click.ParamType):
+    """Rows of a tree, or 0. The number may be left out, so the word after the option may be meant for the command."""
+
+    name = "rows"
+    _range = click.IntRange(0, 32)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            reason = f"{value!r} is not a number of rows, and --tree takes the word after it"
+            self.fail(f"{reason}: put --tree last or write --tree=16", param, ctx)
+        if number == 1:
+            self.fail("a tree has 2 rows at least, the anchor's among them; 0 is a chain", param, ctx)
+        return self._range(number, param, ctx)
 
 
 _tree = click.option(
     "--tree",
-    type=click.IntRange(0, 32),
-    callback=_tree_rows,
+    type=_TreeRows(),
     is_flag=False,
     flag_value=16,
     metavar="ROWS",

@@ -24,6 +24,13 @@ from jaxtyping import install_import_hook  # noqa: E402
 # Shapes in the signatures of the networks are checked at every call; this has to come before anything imports them.
 install_import_hook("dflash_jax.models", "beartype.beartype")
 
+from dflash_jax.engine.compilation import enable_persistent_cache  # noqa: E402
+
+# Tests build many engines and layers of the same few shapes: what one has compiled, others and later runs read. An
+# engine that loads a model turns this on for itself; smaller programs are worth it too where there are thousands.
+enable_persistent_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -151,6 +151,33 @@ def test_wrong_usage_has_status_2(arguments):
     assert "Error: " in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            "serve --tree some/model",
+            "'some/model' is not a number of rows, and --tree takes the word after it: put --tree last",
+        ),
+        ("bench decode --tree some/model", "'some/model' is not a number of rows"),
+        ("serve some/model --tree=abc", "'abc' is not a number of rows"),
+        ("serve --tree 1", "a tree has 2 rows at least"),
+        ("serve --tree 33", "33 is not in the range 0<=x<=32"),
+    ],
+)
+def test_a_tree_of_no_number_of_rows(arguments, reason):
+    result = run(*arguments.split())
+    assert result.exit_code == 2
+    assert reason in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"), [("m -p x --tree", 16), ("--tree=16 m -p x", 16), ("--tree 8 m -p x", 8), ("m -p x", None)]
+)
+def test_a_tree_may_leave_its_number_out(engine, arguments, rows):
+    assert run("generate", *arguments.split()).exit_code == 0
+    assert engine.loaded == (Path("m"), {**ENGINE_DEFAULTS, "tree": rows})
+
+
 def test_generate_streams_text(engine):
     result = run("generate", "some/model", "-p", "What is the capital?", "--max-tokens", "4")
     assert (result.exit_code, result.stdout) == (0, "Paris is the capital\n")

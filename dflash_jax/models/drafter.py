@@ -50,6 +50,8 @@ class TwoTapConvolution(nnx.Module):
     def __init__(self, parameters: Mapping[str, Weight]) -> None:
         # in front: own, left; behind: own, left
         self.taps = nnx.Param(dense(parameters["taps"])) if parameters else None
+        # Of 576 channels these are 144 outputs. Triton takes multiples of 32, so XLA multiplies: empty rows up to 160
+        # would give proposals other last bits, and nobody has measured that it would be faster.
         self.corrections = Linear(parameters["corrections"]) if parameters else None
 
     def __call__(self, normed: Float[Array, "slots rows dim"]) -> tuple[Float[Array, "slots rows dim"], Taps | None]:

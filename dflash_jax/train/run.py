@@ -31,6 +31,7 @@ from dflash_jax.train.openings import Rendered, joints, own_openings, plain_word
 from dflash_jax.train.recipe import Recipe
 from dflash_jax.train.samples import LENGTHS, Batch, Samples
 from dflash_jax.train.writing import Writer
+from pallas_kernels.quantised_matmul.api import dequantise
 
 _WARM_UP = 0.04
 _LEAST_RATE = 0.02
@@ -251,9 +252,10 @@ class _Store:
 
 
 def _parameters(path: Path, config: DrafterConfig) -> dict[str, Any]:
-    """The parameters of a drafter of the same shape. Raises CheckpointError or RequestError.
+    """The parameters of a drafter of the same shape, in f32. Raises CheckpointError or RequestError.
 
-    One without a convolution gets what the recipe asks for: it starts as one that changes nothing.
+    One without a convolution gets what the recipe asks for: it starts as one that changes nothing. Quantised weights
+    are trained on from what they stand for.
     """
     loaded = checkpoints.load(path)
     found = loaded.config
@@ -265,7 +267,8 @@ def _parameters(path: Path, config: DrafterConfig) -> dict[str, Any]:
     differs = next((name for name in {**shape, **theirs} if shape.get(name) != theirs.get(name)), None)
     if differs:
         raise RequestError(f"the drafter {path} has another shape than this recipe's: see {differs}")
-    return {**initial_parameters(config, seed=0), **loaded.parameters}
+    dense = {name: dequantise(value, shape[name].shape[-1]) for name, value in loaded.parameters.items()}
+    return {**initial_parameters(config, seed=0), **dense}
 
 
 def _samples(

@@ -18,10 +18,10 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.expert_choice.reference import Choice
+from pallas_kernels.residual_norm.triton import warps_of_row
 
 _TILE = 16
 _BLOCKS = (256, 128, 64, 32)
-_NUMBERS_PER_WARP = 512
 
 
 def why_not(router: Float[Array, "experts dim"]) -> str | None:
@@ -76,7 +76,7 @@ def choose_experts(
                 jax.ShapeDtypeStruct((rows, active), jnp.float32),
                 jax.ShapeDtypeStruct(x.shape, x.dtype),
             ],
-            compiler_params=plt.CompilerParams(num_warps=max(1, min(8, width // _NUMBERS_PER_WARP)), num_stages=1),
+            compiler_params=plt.CompilerParams(num_warps=warps_of_row(width), num_stages=1),
             interpret=interpret,
             name="expert_choice",
         )(x, parts, expert_scale, scale, *sources)

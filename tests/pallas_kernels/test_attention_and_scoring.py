@@ -30,16 +30,17 @@ from pallas_kernels.online_softmax import step_size
 from pallas_kernels.operations import OPERATIONS, Operation, shapes
 from pallas_kernels.token_scoring import api as token_scoring
 from pallas_kernels.token_scoring import triton as scoring_triton
+from tests.pallas_kernels.compiled import one_program
 
 ATTENTION = {
-    "reference": functools.partial(block_attention.block_attention, implementation="reference"),
+    "reference": one_program(block_attention.block_attention, implementation="reference"),
     "triton": functools.partial(attention_triton.block_attention, interpret=True),
     "triton, keys first": functools.partial(
         attention_triton.block_attention, interpret=True, config=attention_triton.Config(32, 64, keys_first=True)
     ),
 }
 SCORING = {
-    "reference": functools.partial(token_scoring.token_scores, implementation="reference"),
+    "reference": one_program(token_scoring.token_scores, implementation="reference"),
     "triton": functools.partial(scoring_triton.token_scores, interpret=True),
 }
 NEEDS_INTERPRETER = pytest.mark.skipif(
@@ -269,8 +270,11 @@ def compare_nodes(
             before.append(max(0, len(chain) - step))  # rows of the chain that earlier steps have committed
             last.append(len(chain) - before[-1] - 1)
             in_order[slot, : last[-1] + 1] = queries[slot, chain[before[-1] :]]
-        moved = [pool.at[jnp.asarray(target)].set(pool[jnp.asarray(source)]) for pool in (keys, values)]
-        of_chain = attend(jnp.asarray(in_order, queries.dtype), *moved, table, starts + jnp.asarray(before, jnp.int32))
+        moved = [np.array(pool) for pool in (keys, values)]
+        for pool in moved:
+            pool[target] = pool[source]
+        after = np.asarray(starts) + np.asarray(before, np.int32)
+        of_chain = attend(in_order.astype(queries.dtype), *moved, table, after)
         slots = np.arange(len(last))
         assert np.array_equal(of_tree[slots, node], np.asarray(of_chain)[slots, last])
 

@@ -11,10 +11,11 @@ import pytest
 from pallas_kernels.best_tokens import api, reference, triton
 from pallas_kernels.cases.drafting import LARGE_BEST_TOKENS, SMALL_BEST_TOKENS, BestTokensCase
 from pallas_kernels.operations import shapes
+from tests.pallas_kernels.compiled import one_program
 from tests.pallas_kernels.test_attention_and_scoring import lower
 
 RUN = {
-    "reference": reference.best_tokens,
+    "reference": one_program(reference.best_tokens),
     "triton": functools.partial(triton.best_tokens, interpret=True),
 }
 

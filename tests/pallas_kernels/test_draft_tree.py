@@ -13,10 +13,11 @@ import pytest
 from pallas_kernels.cases.drafting import LARGE_DRAFT_TREE, SMALL_DRAFT_TREE, DraftTreeCase
 from pallas_kernels.draft_tree import api, reference, triton
 from pallas_kernels.operations import nodes_of_tree, shapes
+from tests.pallas_kernels.compiled import one_program
 from tests.pallas_kernels.test_attention_and_scoring import lower
 
 RUN = {
-    "reference": reference.draft_tree,
+    "reference": one_program(reference.draft_tree),
     "triton": functools.partial(triton.draft_tree, interpret=True),
 }
 Node = tuple[int, ...]

@@ -22,14 +22,15 @@ from pallas_kernels.expert_choice import triton as choice_triton
 from pallas_kernels.expert_sum import api as total
 from pallas_kernels.expert_sum import triton as total_triton
 from pallas_kernels.operations import shapes
+from tests.pallas_kernels.compiled import one_program
 from tests.pallas_kernels.test_attention_and_scoring import lower, tolerance
 
 CHOOSE = {
-    "reference": functools.partial(choice.choose_experts, implementation="reference"),
+    "reference": one_program(choice.choose_experts, implementation="reference"),
     "triton": functools.partial(choice_triton.choose_experts, interpret=True),
 }
 ADD = {
-    "reference": functools.partial(total.expert_sum, implementation="reference"),
+    "reference": one_program(total.expert_sum, implementation="reference"),
     "triton": functools.partial(total_triton.expert_sum, interpret=True),
 }
 

@@ -14,10 +14,11 @@ from pallas_kernels.cases.experts import LARGE_GROUPED, SMALL_GROUPED, GroupedCa
 from pallas_kernels.grouped_matmul import api, triton
 from pallas_kernels.operations import shapes
 from pallas_kernels.quantised_matmul.weights import dequantise
+from tests.pallas_kernels.compiled import one_program
 from tests.pallas_kernels.test_attention_and_scoring import lower
 
 RUN = {
-    "reference": functools.partial(api.grouped_matmul, implementation="reference"),
+    "reference": one_program(api.grouped_matmul, implementation="reference"),
     "triton": functools.partial(triton.grouped_matmul, interpret=True),
 }
 GATED = GroupedCase("", 16, 4, 16, 256, 64, gated=True)

@@ -11,10 +11,11 @@ import pytest
 from pallas_kernels.cases.drafting import LARGE_MOVE_ROWS, SMALL_MOVE_ROWS, MoveRowsCase
 from pallas_kernels.move_rows import api, triton
 from pallas_kernels.operations import moved_rows, shapes
+from tests.pallas_kernels.compiled import one_program
 from tests.pallas_kernels.test_attention_and_scoring import lower
 
 RUN = {
-    "reference": functools.partial(api.move_rows, implementation="reference"),
+    "reference": one_program(api.move_rows, implementation="reference"),
     "triton": functools.partial(triton.move_rows, interpret=True),
 }
 

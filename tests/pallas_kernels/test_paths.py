@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.block_attention import paths as paths_module
 from pallas_kernels.block_attention.ancestry import Ancestry
-from pallas_kernels.block_attention.paths import paths_of
+
+paths_of = jax.jit(paths_module.paths_of, static_argnames="size")
 
 
 def tree_of(*parents: int) -> Ancestry:

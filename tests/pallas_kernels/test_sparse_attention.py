@@ -22,14 +22,15 @@ from pallas_kernels.cases.attention import (
 )
 from pallas_kernels.operations import differing_blocks, shapes
 from pallas_kernels.sparse_attention import api, triton
+from tests.pallas_kernels.compiled import one_program
 from tests.pallas_kernels.test_attention_and_scoring import lower, tolerance
 
 SELECT = {
-    "reference": functools.partial(api.select_blocks, implementation="reference"),
+    "reference": one_program(api.select_blocks, implementation="reference"),
     "triton": functools.partial(triton.select_blocks, interpret=True),
 }
 ATTEND = {
-    "reference": functools.partial(api.attend_blocks, implementation="reference"),
+    "reference": one_program(api.attend_blocks, implementation="reference"),
     "triton": functools.partial(triton.attend_blocks, interpret=True),
 }
 WHOLE = AttentionCase("whole", (37, 130), 75, 4, 2, 32, 32, 8)

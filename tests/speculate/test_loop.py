@@ -33,6 +33,15 @@ def target() -> Decoder:
     return tiny_target()
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _read(
+    target_graph: Any, target_state: Any, drafter_graph: Any, drafter_state: Any, pools: Pools, *prompt: jax.Array
+) -> Pools:
+    """A prompt is read, compiled once per kind of drafter."""
+    networks = Networks(nnx.merge(target_graph, target_state), nnx.merge(drafter_graph, drafter_state))
+    return prefill(networks, pools, *prompt, page_size=PAGE_SIZE)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 2), static_argnames=("rows", "tree"), donate_argnums=(4,))
 def _visit(
     target_graph: Any,
@@ -78,7 +87,7 @@ def answer(
     tree: bool = False,
 ) -> tuple[list[int], int]:
     """Token ids and steps of an answer; the host looks every `max_steps` steps."""
-    networks = Networks(target, drafter)
+    networks = (*nnx.split(target), *nnx.split(drafter))
     sizes = {"num_pages": PAGES + 1, "page_size": PAGE_SIZE, "dtype": F32}
     pools = Pools(empty_pools(target.config, **sizes), empty_drafter_pools(drafter.config, **sizes) if drafter else ())
     table = jnp.arange(1, PAGES + 1, dtype=jnp.int32)[None]
@@ -88,7 +97,7 @@ def answer(
         return jnp.asarray([value], jnp.int32)
 
     positions = jnp.arange(length, dtype=jnp.int32)[None]
-    pools = prefill(networks, pools, jnp.asarray(prompt[None, :-1]), positions, table, one(0), page_size=PAGE_SIZE)
+    pools = _read(*networks, pools, jnp.asarray(prompt[None, :-1]), positions, table, one(0))
     slots = Slots(
         page_table=table,
         length=one(length),
@@ -109,9 +118,7 @@ def answer(
     ids: list[int] = []
     steps = 0
     while bool(slots.live[0]):
-        visit, pools, slots = _visit(
-            *nnx.split(target), *nnx.split(drafter), pools, slots, parameters, np.int32(max_steps), rows=rows, tree=tree
-        )
+        visit, pools, slots = _visit(*networks, pools, slots, parameters, np.int32(max_steps), rows=rows, tree=tree)
         ids += np.asarray(visit.tokens)[0, : int(visit.count[0])].tolist()
         steps += int(visit.steps)
     assert int(slots.length[0]) == length + len(ids)
@@ -129,8 +136,13 @@ def teacher(target: Decoder, ids: list[int]) -> np.ndarray:
     tokens = np.concatenate([PROMPT, np.asarray(ids, np.int32)])
     pools = empty_pools(TARGET, num_pages=PAGES + 1, page_size=PAGE_SIZE, dtype=F32)
     table = jnp.arange(1, PAGES + 1, dtype=jnp.int32)[None]
-    place = Place(table, jnp.zeros(1, jnp.int32), jnp.arange(len(tokens), dtype=jnp.int32)[None], PAGE_SIZE)
-    return np.asarray(target.logits(target(jnp.asarray(tokens)[None], pools, place).hidden)[0])
+    place = (table, jnp.zeros(1, jnp.int32), jnp.arange(len(tokens), dtype=jnp.int32)[None])
+
+    @jax.jit
+    def logits(tokens: jax.Array, pools: Any, *place: jax.Array) -> jax.Array:
+        return target.logits(target(tokens, pools, Place(*place, PAGE_SIZE)).hidden)
+
+    return np.asarray(logits(jnp.asarray(tokens)[None], pools, *place)[0])
 
 
 def test_plain_greedy_is_the_argmax_of_one_whole_pass(target: Decoder) -> None:
@@ -229,7 +241,7 @@ def test_a_gap_before_the_answer_moves_positions_but_not_pages(target: Decoder) 
 def test_slots_do_not_disturb_each_other(target: Decoder) -> None:
     """Two sequences in one step get the tokens that each gets alone."""
     alone, _ = answer(target, None, 12, rows=4)
-    networks = Networks(target, None)
+    networks = (*nnx.split(target), *nnx.split(None))
     pools = Pools(empty_pools(TARGET, num_pages=2 * PAGES + 1, page_size=PAGE_SIZE, dtype=F32), ())
     table = jnp.arange(1, 2 * PAGES + 1, dtype=jnp.int32).reshape(2, PAGES)
     prompts = jnp.stack([PROMPT, PROMPT[::-1]])
@@ -238,8 +250,7 @@ def test_slots_do_not_disturb_each_other(target: Decoder) -> None:
     def both(*values: int) -> jax.Array:
         return jnp.asarray(values, jnp.int32)
 
-    pools = prefill(networks, pools, prompts[:, :-1], positions, table, both(0, 0), page_size=PAGE_SIZE)
-
+    pools = _read(*networks, pools, prompts[:, :-1], positions, table, both(0, 0))
     length = len(PROMPT) - 1
     slots = Slots(
         table,
@@ -258,9 +269,9 @@ def test_slots_do_not_disturb_each_other(target: Decoder) -> None:
         jnp.zeros(2, jnp.float32),
         jnp.zeros((2, 2), jnp.uint32),
     )
-    visit, _, slots = decode(
-        networks, pools, slots, parameters, jnp.int32(64), draft=False, rows=4, capacity=64, page_size=PAGE_SIZE
-    )
+    sizes = {"rows": 4, "capacity": 64, "page_size": PAGE_SIZE}
+    visit_both = jax.jit(functools.partial(decode, Networks(target, None), draft=False, **sizes))
+    visit, _, slots = visit_both(pools, slots, parameters, jnp.int32(64))
     assert np.asarray(visit.count).tolist() == [12, 5]
     assert np.asarray(visit.tokens)[0, :12].tolist() == alone
     assert dataclasses.asdict(slots)["live"].tolist() == [False, False]

@@ -1,15 +1,20 @@
 """The chosen path is what a walk, token by token, over the selector's scores gives."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dflash_jax.speculate.path import CANDIDATES, choose_path
-from dflash_jax.speculate.sampling import sample
-from tests.speculate.test_sampling import parameters
+from tests.speculate.test_sampling import parameters, sample
 from tests.tiny import DRAFTER, tiny_drafter, tiny_target
+
+
+def chooser(target, selector):
+    """`choose_path` of these networks as one program, as engines run it."""
+    return jax.jit(functools.partial(choose_path, target, selector))
 
 
 def test_path_equals_a_walk_over_scores():
@@ -20,7 +25,7 @@ def test_path_equals_a_walk_over_scores():
     hidden = jax.random.normal(jax.random.key(4), (2, 6, DRAFTER.hidden_size))
     anchor = jnp.asarray([3, 250], jnp.int32)
     cold = parameters(2, 0.0)
-    chosen = np.asarray(choose_path(target, selector, hidden, anchor, cold, jnp.zeros(2, jnp.int32)))
+    chosen = np.asarray(chooser(target, selector)(hidden, anchor, cold, jnp.zeros(2, jnp.int32)))
     base = np.asarray(target.project(hidden))
     changed = 0
     for slot in range(2):
@@ -43,21 +48,21 @@ def test_a_silent_selector_changes_nothing():
     selector.out.weight.set_value(jnp.zeros_like(selector.out.weight.get_value()))
     hidden = jax.random.normal(jax.random.key(5), (1, 9, config.hidden_size))
     anchor, number = jnp.asarray([1], jnp.int32), jnp.zeros(1, jnp.int32)
-    chosen = choose_path(target, selector, hidden, anchor, parameters(1, 0.0), number)
+    choose, choose_without = chooser(target, selector), chooser(target, None)
+    chosen = choose(hidden, anchor, parameters(1, 0.0), number)
     np.testing.assert_array_equal(chosen, jnp.argmax(target.project(hidden), axis=-1))
-    without = choose_path(target, None, hidden, anchor, parameters(1, 0.0), number)
-    np.testing.assert_array_equal(without, chosen)
+    np.testing.assert_array_equal(choose_without(hidden, anchor, parameters(1, 0.0), number), chosen)
     for temperature in (0.3, 1.0):
         warm = parameters(1, temperature)
-        drawn = choose_path(target, selector, hidden, anchor, warm, number)
-        np.testing.assert_array_equal(drawn, choose_path(target, None, hidden, anchor, warm, number))
+        drawn = choose(hidden, anchor, warm, number)
+        np.testing.assert_array_equal(drawn, choose_without(hidden, anchor, warm, number))
 
 
 def test_who_has_the_logits_of_the_target_proposes_what_it_draws():
     target, rows = tiny_target(), 60
     hidden = 4 * jax.random.normal(jax.random.key(6), (2, rows, DRAFTER.hidden_size))
     logits, sampling, number = target.project(hidden), parameters(2, 0.6), jnp.asarray([0, 7], jnp.int32)
-    proposals = np.asarray(choose_path(target, None, hidden, jnp.zeros(2, jnp.int32), sampling, number))
+    proposals = np.asarray(chooser(target, None)(hidden, jnp.zeros(2, jnp.int32), sampling, number))
     most_likely, right = np.asarray(jnp.argmax(logits, axis=-1)), 0
     for row in range(rows):
         drawn = np.asarray(sample(logits[:, row], sampling, number + row))

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_jax.speculate.sampling import SamplingParameters, greedy, sample
+from dflash_jax.speculate import sampling
+from dflash_jax.speculate.sampling import SamplingParameters, greedy
+
+sample = jax.jit(sampling.sample)
+"""One program, as engines run it; called as it stands, its loops and branches are compiled again each time."""
 
 
 def parameters(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def test_nodes_are_the_likeliest_paths_over_the_selectors_scores() -> None:
     selector.out.weight.set_value(200 * selector.out.weight.get_value())
     hidden = 2 * jax.random.normal(jax.random.key(4), (2, levels, DRAFTER.hidden_size))
     anchor, number = jnp.asarray([3, 250], jnp.int32), jnp.asarray([0, 4], jnp.int32)
+    lift = jax.jit(lifted)
     for sampling in (parameters(2, 0.0), parameters(2, 0.8)):
-        tree = choose_tree(target, selector, hidden, anchor, sampling, number, rows=rows)
+        choose = jax.jit(functools.partial(choose_tree, target, selector, rows=rows))
+        tree = choose(hidden, anchor, sampling, number)
         base = np.asarray(target.project(hidden))
 
         def children(slot: int, node: tuple[int, ...], sampling: SamplingParameters = sampling) -> dict[int, float]:
@@ -45,7 +48,7 @@ def test_nodes_are_the_likeliest_paths_over_the_selectors_scores() -> None:
             scores = target.project(selector(hidden[slot, level][None], target.embed(before)[0]))
             candidates = np.argsort(-base[slot, level], kind="stable")[:CANDIDATES]  # noqa: B023
             of_slot = jax.tree.map(lambda each: each[slot : slot + 1], sampling)
-            own = lifted(
+            own = lift(
                 scores[:, candidates][None, None],
                 jnp.asarray(candidates, jnp.int32)[None, None],
                 of_slot,

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
+import checkpoints
 from checkpoints.hf_names import drafter_name
 from checkpoints.random_models import random_target
 from dflash_jax.cli import main
@@ -81,6 +82,14 @@ OPTIONS = (
 )
 
 
+@pytest.fixture(scope="module")
+def trained(model_folder, tmp_path_factory):
+    """A drafter that has learnt for two steps. Nothing may be written there."""
+    folder = tmp_path_factory.mktemp("trained") / "drafter"
+    train(model_folder, folder, *OPTIONS, "--steps", 2)
+    return folder
+
+
 def test_a_drafter_is_trained_goes_on_and_serves(model_folder, tmp_path):
     out = tmp_path / "drafter"
     assert "(4 steps)" in train(model_folder, out, *OPTIONS, "--steps", 4)
@@ -101,9 +110,8 @@ def test_a_drafter_is_trained_goes_on_and_serves(model_folder, tmp_path):
     assert answers[0] == answers[1]
 
 
-def test_a_run_begins_with_another_drafter(model_folder, tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    train(model_folder, first, *OPTIONS, "--steps", 2)
+def test_a_run_begins_with_another_drafter(model_folder, trained, tmp_path):
+    first, second = shutil.copytree(trained, tmp_path / "first"), tmp_path / "second"
     samples = ("--samples", first / "samples.npz")
     assert "(1 steps)" in train(model_folder, second, *OPTIONS, *samples, "--start", first, "--steps", 1)
     refused = CliRunner().invoke(
@@ -122,9 +130,23 @@ def test_a_run_begins_with_another_drafter(model_folder, tmp_path):
     assert "choose another folder" in other.output
 
 
-def test_a_run_adds_a_convolution_to_another_drafter(model_folder, tmp_path):
+@pytest.mark.parametrize(("weights", "nearness"), [("w8", 0.01), ("w4", 0.15)])
+def test_a_run_begins_with_a_quantised_drafter(model_folder, trained, tmp_path, weights, nearness):
+    """A rate that changes nothing leaves what the quantised weights stand for, which is near to the trained drafter."""
+    checkpoints.convert(trained, tmp_path / weights, weights=weights, role="drafter", progress=lambda *_: None)
+    samples = ("--samples", trained / "samples.npz")
+    options = (*OPTIONS, *samples, "--start", tmp_path / weights, "--steps", 1, "--rate", 1e-12)
+    train(model_folder, tmp_path / "out", *options)
+    before, after = (checkpoints.load(folder).parameters for folder in (trained, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        old, new = np.asarray(value, np.float32), np.asarray(after[name], np.float32)
+        assert np.linalg.norm(new - old) <= nearness * np.linalg.norm(old), name
+
+
+def test_a_run_adds_a_convolution_to_another_drafter(model_folder, trained, tmp_path):
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    train(model_folder, first, *OPTIONS, "--steps", 2)
+    shutil.copytree(trained, first)
     samples = ("--samples", first / "samples.npz")
     train(model_folder, second, *OPTIONS, *samples, "--start", first, "--convolution", "--steps", 2)
     model = load_model(model_folder, drafter=second)
