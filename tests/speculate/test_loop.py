@@ -42,7 +42,7 @@ def _read(
     return prefill(networks, pools, *prompt, page_size=PAGE_SIZE)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), static_argnames=("rows", "tree"), donate_argnums=(4,))
+@functools.partial(jax.jit, static_argnums=(0, 2), static_argnames=("rows", "capacity", "tree"), donate_argnums=(4,))
 def _visit(
     target_graph: Any,
     target_state: Any,
@@ -54,9 +54,10 @@ def _visit(
     max_steps: jax.Array,
     *,
     rows: int,
-    tree: bool,
+    capacity: int,
+    tree: bool = False,
 ) -> tuple[Visit, Pools, Slots]:
-    """A visit, compiled once per kind of drafter and number of rows."""
+    """A visit, compiled once per kind of drafter, number of rows and capacity."""
     drafter = nnx.merge(drafter_graph, drafter_state)
     networks = Networks(nnx.merge(target_graph, target_state), drafter)
     return decode(
@@ -67,7 +68,7 @@ def _visit(
         max_steps,
         draft=drafter is not None,
         rows=rows,
-        capacity=3 * rows,
+        capacity=capacity,
         page_size=PAGE_SIZE,
         tree=tree,
     )
@@ -118,7 +119,8 @@ def answer(
     ids: list[int] = []
     steps = 0
     while bool(slots.live[0]):
-        visit, pools, slots = _visit(*networks, pools, slots, parameters, np.int32(max_steps), rows=rows, tree=tree)
+        sizes = {"rows": rows, "capacity": 3 * rows}
+        visit, pools, slots = _visit(*networks, pools, slots, parameters, np.int32(max_steps), **sizes, tree=tree)
         ids += np.asarray(visit.tokens)[0, : int(visit.count[0])].tolist()
         steps += int(visit.steps)
     assert int(slots.length[0]) == length + len(ids)
@@ -269,9 +271,7 @@ def test_slots_do_not_disturb_each_other(target: Decoder) -> None:
         jnp.zeros(2, jnp.float32),
         jnp.zeros((2, 2), jnp.uint32),
     )
-    sizes = {"rows": 4, "capacity": 64, "page_size": PAGE_SIZE}
-    visit_both = jax.jit(functools.partial(decode, Networks(target, None), draft=False, **sizes))
-    visit, _, slots = visit_both(pools, slots, parameters, jnp.int32(64))
+    visit, _, slots = _visit(*networks, pools, slots, parameters, np.int32(64), rows=4, capacity=64)
     assert np.asarray(visit.count).tolist() == [12, 5]
     assert np.asarray(visit.tokens)[0, :12].tolist() == alone
     assert dataclasses.asdict(slots)["live"].tolist() == [False, False]
