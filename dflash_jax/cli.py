@@ -95,11 +95,8 @@ _model = click.argument("model", required=False, type=_FILE)
 _drafter = click.option("--drafter", type=_FILE, help="The model that proposes blocks.")
 
 
-class _TreeRows(click.ParamType):
+class _TreeRows(click.IntRange):
     """Rows of a tree, or 0. The number may be left out, so the word after the option may be meant for the command."""
-
-    name = "rows"
-    _range = click.IntRange(0, 32)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
@@ -109,12 +106,12 @@ class _TreeRows(click.ParamType):
             self.fail(f"{reason}: put --tree last or write --tree=16", param, ctx)
         if number == 1:
             self.fail("a tree has 2 rows at least, the anchor's among them; 0 is a chain", param, ctx)
-        return self._range(number, param, ctx)
+        return super().convert(number, param, ctx)
 
 
 _tree = click.option(
     "--tree",
-    type=_TreeRows(),
+    type=_TreeRows(0, 32),
     is_flag=False,
     flag_value=16,
     metavar="ROWS",
