@@ -19,17 +19,16 @@ DEVICES = {"cpu": "2 CPU cores", "h100": "H100"}
 
 
 def main() -> None:
-    fill(ROOT / "README.md", [*prefill(), "", *decode(), "", *steps()])
-    fill(ROOT / "docs" / "training.md", [*drafting(), "", *by_context(), "", *recipes()])
-    kernels = (checks(), wide_heads(), chunks(), matmuls(), whole_steps(), shares())
-    fill(ROOT / "docs" / "kernels.md", [line for table in kernels for line in (*table, "")][:-1])
+    fill(ROOT / "README.md", prefill(), decode(), steps())
+    fill(ROOT / "docs" / "training.md", drafting(), by_context(), recipes())
+    fill(ROOT / "docs" / "kernels.md", checks(), wide_heads(), chunks(), matmuls(), whole_steps(), shares())
 
 
-def fill(file: Path, lines: list[str]) -> None:
-    """Puts the lines between a document's two marks."""
-    tables, text = "\n".join(lines), file.read_text(encoding="utf-8")
+def fill(file: Path, *tables: list[str]) -> None:
+    """Puts the tables, each of some lines, between a document's two marks."""
+    joined, text = "\n\n".join("\n".join(lines) for lines in tables), file.read_text(encoding="utf-8")
     marked = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
-    file.write_text(marked.sub(lambda found: f"{found[1]}\n{tables}\n\n{found[2]}", text), encoding="utf-8")
+    file.write_text(marked.sub(lambda found: f"{found[1]}\n{joined}\n\n{found[2]}", text), encoding="utf-8")
 
 
 def prefill() -> list[str]:
