@@ -79,9 +79,8 @@ def why_not(
     group = heads // key_pool.shape[1]
     if head_dim not in HEAD_DIMS or compact:
         return f"takes heads of {HEAD_DIMS}, not compact, got {head_dim}, compact {compact}"
-    for pool in (key_pool, value_pool):
-        if pool.dtype != jnp.bfloat16:
-            return f"takes pools of bf16, got {pool.dtype}"
+    if reason := hopper.why_not_pools(key_pool, value_pool):
+        return reason
     if not causal or tree:
         return f"takes causal rows that form no tree, got causal {causal}, tree {tree}"
     if page_size % 64:

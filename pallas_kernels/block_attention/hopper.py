@@ -15,6 +15,12 @@ PROGRAMS = 132
 """One for each multiprocessor of an H100: its registers or its shared memory hold no second one."""
 
 
+def why_not_pools(*pools: Any) -> str | None:
+    """What the kernels cannot take about pools, as the end of a sentence; None when they can."""
+    other = next((pool.dtype for pool in pools if pool.dtype != jnp.bfloat16), None)
+    return None if other is None else f"takes pools of bf16, got {other}"
+
+
 def how(*, interpret: bool) -> dict[str, Any]:
     """What `plgpu.kernel` is to do with a kernel."""
     if not interpret:

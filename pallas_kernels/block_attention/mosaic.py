@@ -62,9 +62,8 @@ def why_not(
     group = heads // kv_heads
     if head_dim != HEAD_DIM or not compact or key_pool.shape[2] not in (64, 128):
         return f"takes compact keys of 64 or 128 and heads of 512, got {key_pool.shape[2]} and {head_dim}"
-    for pool in (key_pool, value_pool):
-        if pool.dtype != jnp.bfloat16:
-            return f"takes pools of bf16, got {pool.dtype}"
+    if reason := hopper.why_not_pools(key_pool, value_pool):
+        return reason
     if window is not None or not causal:
         return "takes causal attention without a window"
     if page_size % KEY_BLOCK:
