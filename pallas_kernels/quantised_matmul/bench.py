@@ -57,9 +57,9 @@ def configs(outputs: int, blocks: int) -> Iterator[triton.Config]:
     for tile, warps, stages in itertools.product((128, 64, 256, 32), (4, 8, 2), (4, 3, 6)):
         if outputs % tile or (tile <= 32 and warps == 8):
             continue
-        for splits in range(1, blocks // 2 + 1):
+        for splits in dict.fromkeys(-(-blocks // share) for share in range(blocks, 1, -1)):
             programs = outputs // tile * splits
-            if blocks % splits == 0 and (programs <= 1400 or splits == 1):
+            if programs <= 1400 or splits == 1:
                 waves = abs(programs - 400) / 400
                 options.append((waves + (tile != 128) + (warps != 4) + (stages != 4), tile, splits, warps, stages))
     for _, tile, splits, warps, stages in sorted(options):

@@ -56,13 +56,17 @@ class Config:
     """How a matmul is cut into programs.
 
     tile     outputs of a program
-    splits   shares of the inputs
+    splits   shares of the inputs; the last one may be smaller than the others
     """
 
     tile: int
     splits: int
     warps: int = 4
     stages: int = 4
+
+    def divides(self, outputs: int, blocks: int) -> bool:
+        """Whether every program has something to do."""
+        return outputs % self.tile == 0 and (self.splits - 1) * -(-blocks // self.splits) < blocks
 
 
 def matmul(
@@ -87,7 +91,7 @@ def matmul_parts(
     padded_rows = max(_ROW_TILE, 1 << (count - 1).bit_length())
     block, blocks = blocks_of(weight, columns)
     config = config or config_for(weight, columns)
-    if outputs_of(weight) % config.tile or blocks % config.splits:
+    if not config.divides(outputs_of(weight), blocks):
         raise ValueError(f"{config} does not divide {outputs_of(weight)} outputs and {blocks} blocks of {block} inputs")
     rows = jnp.pad(rows, ((0, padded_rows - count), (0, blocks * block - columns)))
     run = _run_w4 if isinstance(weight, W4) else _run_rows
@@ -131,21 +135,19 @@ def config_for(weight: Weight, columns: int) -> Config:
         return Config(**known)
     outputs = outputs_of(weight)
     tile = next(tile for tile in (_TILES if isinstance(weight, W4 | W8) else _TILES[1:]) if outputs % tile == 0)
-    # The fewest shares of the inputs with which there are programs enough; at least two blocks each.
+    # As many shares of the inputs as there are programs enough; at least two blocks each.
     wanted = max(1, min(-(-_PROGRAMS // (outputs // tile)), blocks // 2))
-    splits = next((count for count in range(wanted, blocks // 2 + 1) if blocks % count == 0), None)
-    splits = splits or next(count for count in range(wanted, 0, -1) if blocks % count == 0)
-    return Config(tile, splits)
+    return Config(tile, -(-blocks // -(-blocks // wanted)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def _run_w4(rows: Array, weight: W4, config: Config, interpret: bool) -> Float[Array, "parts rows N"]:
     outputs = weight.packed.shape[1]
-    share = rows.shape[1] // BLOCK // config.splits
     kernel = functools.partial(
         _w4_kernel,
         tile=config.tile,
-        share=share,
+        blocks=rows.shape[1] // BLOCK,
+        splits=config.splits,
         per_plane=weight.group_size != BLOCK,
         interpret=interpret,
     )
@@ -157,8 +159,7 @@ def _run_rows(rows: Array, weight: W8 | Array, config: Config, interpret: bool) 
     """A weight that lies row by row: dense or w8."""
     values, *scales = (weight.values, weight.scales) if isinstance(weight, W8) else (weight,)
     block, blocks = blocks_of(weight, rows.shape[1])
-    share = blocks // config.splits
-    kernel = functools.partial(_rows_kernel, tile=config.tile, share=share, block=block)
+    kernel = functools.partial(_rows_kernel, tile=config.tile, blocks=blocks, splits=config.splits, block=block)
     return _call(kernel, 2 + len(scales), len(rows), len(values), config, interpret, "rows_matmul")(
         rows, values, *scales
     )
@@ -179,21 +180,28 @@ def _call(kernel: Any, arguments: int, rows: int, outputs: int, config: Config, 
 
 
 def _w4_kernel(
-    x_ref, words_ref, scales_ref, out_ref, *, tile: int, share: int, per_plane: bool, interpret: bool
+    x_ref, words_ref, scales_ref, out_ref, *, tile: int, blocks: int, splits: int, per_plane: bool, interpret: bool
 ) -> None:
     column, split = pl.program_id(0), pl.program_id(1)
     outputs = pl.ds(column * tile, tile)
+    first, count = _share(split, blocks, splits)
 
     def visit(number, total):
-        block = split * share + number
+        block = first + number
 
         def rows(plane):
             return plt.load(x_ref.at[:, pl.ds(block * BLOCK + plane * PLANE, PLANE)])
 
         return add_w4(total, rows, words_ref, scales_ref, block, outputs, per_plane=per_plane, interpret=interpret)
 
-    total = jax.lax.fori_loop(0, share, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
+    total = jax.lax.fori_loop(0, count, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
     plt.store(out_ref.at[split, :, outputs], total * UNIT_W4)
+
+
+def _share(split: Any, blocks: int, splits: int) -> tuple[Any, Any]:
+    """First block of a split's share, and how many it has: a constant if all have as many."""
+    most = -(-blocks // splits)
+    return split * most, most if blocks % splits == 0 else jnp.minimum(most, blocks - split * most)
 
 
 def add_w4(
@@ -234,17 +242,18 @@ def _plane(words, scales, plane: int, interpret: bool):
     )[0]
 
 
-def _rows_kernel(x_ref, values_ref, *refs, tile: int, share: int, block: int) -> None:
+def _rows_kernel(x_ref, values_ref, *refs, tile: int, blocks: int, splits: int, block: int) -> None:
     *scales_refs, out_ref = refs
     column, split = pl.program_id(0), pl.program_id(1)
     outputs = pl.ds(column * tile, tile)
+    first, count = _share(split, blocks, splits)
 
     def visit(number, total):
-        inputs = pl.ds((split * share + number) * block, block)
+        inputs = pl.ds((first + number) * block, block)
         values = plt.load(values_ref.at[outputs, inputs]).astype(jnp.bfloat16)
         return total + plt.dot(plt.load(x_ref.at[:, inputs]), values, trans_b=True)
 
-    total = jax.lax.fori_loop(0, share, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
+    total = jax.lax.fori_loop(0, count, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
     for scales_ref in scales_refs:
         total *= plt.load(scales_ref.at[outputs])[None, :]
     plt.store(out_ref.at[split, :, outputs], total)
