@@ -54,13 +54,13 @@ def random(case: MatmulCase) -> tuple[jax.Array, Weight]:
 def configs(outputs: int, blocks: int) -> Iterator[triton.Config]:
     """Every config worth a try, those of most programs in the first waves first."""
     options = []
-    for tile, warps, stages in itertools.product((128, 64, 256, 32), (4, 8, 2), (4, 3, 6)):
-        if outputs % tile or (tile <= 32 and warps == 8):
+    for tile, warps, stages in itertools.product((128, 64, 256, 32), (2, 4, 8, 1), (4, 3, 6)):
+        if outputs % tile or (tile <= 32 and warps == 8) or (tile > 64 and warps == 1):
             continue
         for splits in dict.fromkeys(-(-blocks // share) for share in range(blocks, 1, -1)):
             programs = outputs // tile * splits
             if programs <= 1400 or splits == 1:
-                waves = abs(programs - 400) / 400
-                options.append((waves + (tile != 128) + (warps != 4) + (stages != 4), tile, splits, warps, stages))
+                waves = abs(programs - 200) / 200
+                options.append((waves + (tile != 128) + (warps != 2) + (stages != 4), tile, splits, warps, stages))
     for _, tile, splits, warps, stages in sorted(options):
         yield triton.Config(tile, splits, warps, stages)

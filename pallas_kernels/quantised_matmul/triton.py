@@ -39,8 +39,8 @@ _TILES = (128, 64, 32)
 _BLOCKS = (128, 64, 32)
 """Inputs that a program looks at together, of weights that lie row by row."""
 _ROW_TILE = 16
-_PROGRAMS = 396
-"""Programs to aim at: three for each of an H100's 132 multiprocessors."""
+_PROGRAMS, _PROGRAMS_W4 = 396, 198
+"""Programs to aim at: three for each of an H100's 132 multiprocessors, or one and a half of w4."""
 PLANE = BLOCK // 4
 """Inputs of a nibble plane, and rows of words of a block."""
 _SUBNORMAL = 133
@@ -135,9 +135,15 @@ def config_for(weight: Weight, columns: int) -> Config:
         return Config(**known)
     outputs = outputs_of(weight)
     tile = next(tile for tile in (_TILES if isinstance(weight, W4 | W8) else _TILES[1:]) if outputs % tile == 0)
+    four = isinstance(weight, W4)
     # As many shares of the inputs as there are programs enough; at least two blocks each.
-    wanted = max(1, min(-(-_PROGRAMS // (outputs // tile)), blocks // 2))
-    return Config(tile, -(-blocks // -(-blocks // wanted)))
+    wanted = max(1, min(-(-(_PROGRAMS_W4 if four else _PROGRAMS) // (outputs // tile)), blocks // 2))
+    return Config(tile, -(-blocks // -(-blocks // wanted)), warps_of(tile) if four else 4)
+
+
+def warps_of(tile: int) -> int:
+    """For w4: a warp takes 64 outputs or 16. With 32 the loop takes 1.3 to 2.5 times as long."""
+    return tile // 64 or tile // 16
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
