@@ -17,9 +17,10 @@ from pallas_kernels.cases.matmul import MatmulCase
 
 @dataclasses.dataclass(frozen=True)
 class GroupedCase:
-    """Arguments of grouped_matmul: rows that choose `active` of `groups` matrices each, at random or all `alike`.
+    """Arguments of grouped_matmul: rows that choose `active` of `groups` matrices each at random.
 
-    `gated` has gate and up in a matrix, with twice as many outputs as come out.
+    Of the rows `deciding` choose, and the others repeat what these chose; 0 if all do. `gated` has gate and up in a
+    matrix, with twice as many outputs as come out.
     """
 
     name: str
@@ -29,7 +30,7 @@ class GroupedCase:
     inputs: int
     outputs: int
     gated: bool = False
-    alike: bool = False
+    deciding: int = 0
     weights: str = "w4"
     group_size: int = 32
     dtype: str = "bfloat16"
@@ -43,8 +44,8 @@ class GroupedCase:
     def chosen(self) -> np.ndarray:
         """Numbers of groups, the same for every seed: they decide what must be read."""
         generator = np.random.default_rng(self.rows)
-        choices = [generator.permutation(self.groups)[: self.active] for _ in range(self.rows)]
-        return np.stack([choices[0]] * self.rows if self.alike else choices).astype(np.int32)
+        choices = [generator.permutation(self.groups)[: self.active] for _ in range(self.deciding or self.rows)]
+        return np.resize(np.stack(choices), (self.rows, self.active)).astype(np.int32)
 
     @property
     def bytes(self) -> int:
@@ -140,8 +141,8 @@ SMALL_GROUPED = (
     GroupedCase("gated, groups of 128", 5, 3, 8, 256, 32, gated=True, group_size=128),
     GroupedCase("padded inputs", 16, 2, 4, 200, 96),
     GroupedCase("one row", 1, 8, 128, 128, 32, gated=True),
-    GroupedCase("one group for all", 64, 1, 8, 128, 64, alike=True),
-    GroupedCase("alike", 40, 3, 8, 128, 64, gated=True, alike=True),
+    GroupedCase("one group for all", 64, 1, 8, 128, 64, deciding=1),
+    GroupedCase("alike", 40, 3, 8, 128, 64, gated=True, deciding=1),
     GroupedCase("sorted", 130, 4, 64, 128, 32, gated=True),
     GroupedCase("sorted, many of a group", 300, 2, 4, 200, 64),
     GroupedCase("w8", 16, 4, 8, 192, 64, gated=True, weights="w8"),
@@ -150,7 +151,9 @@ SMALL_GROUPED = (
 LARGE_GROUPED = (
     GroupedCase("Gemma 4 26B-A4B gate and up", 16, 8, 128, 2816, 704, gated=True),
     GroupedCase("Gemma 4 26B-A4B down", 128, 1, 128, 704, 2816),
-    GroupedCase("Gemma 4 26B-A4B gate and up, plain step", 16, 8, 128, 2816, 704, gated=True, alike=True),
+    GroupedCase("Gemma 4 26B-A4B gate and up, plain step", 16, 8, 128, 2816, 704, gated=True, deciding=1),
+    GroupedCase("Gemma 4 26B-A4B down, plain step", 128, 1, 128, 704, 2816, deciding=8),
+    GroupedCase("Gemma 4 26B-A4B gate and up, four rows choose", 16, 8, 128, 2816, 704, gated=True, deciding=4),
     GroupedCase("Gemma 4 26B-A4B gate and up, groups of 128", 16, 8, 128, 2816, 704, gated=True, group_size=128),
     GroupedCase("Gemma 4 26B-A4B gate and up, 64 rows", 64, 8, 128, 2816, 704, gated=True),
     GroupedCase("Gemma 4 26B-A4B gate and up, chunk of 128", 128, 8, 128, 2816, 704, gated=True),

@@ -85,7 +85,7 @@ def test_lowers_for_cuda(case: GroupedCase) -> None:
 
 
 def test_floors_count_what_is_chosen() -> None:
-    alike, one = (GroupedCase("", rows, 8, 128, 2816, 704, gated=True, alike=True) for rows in (16, 1))
+    alike, one = (GroupedCase("", rows, 8, 128, 2816, 704, gated=True, deciding=1) for rows in (16, 1))
     assert alike.bytes == one.bytes == 8 * 2816 * 1408 * 9 // 16
     assert alike.flops == 16 * one.flops
 
@@ -103,4 +103,4 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(NotImplementedError, match="'sort'"):
         api.grouped_matmul(x, weight, chosen, **keywords, implementation="sort")
     with pytest.raises(ValueError, match="does not divide 64 outputs"):
-        triton.grouped_matmul(x, weight, chosen, **keywords, config=triton.Config(128))
+        triton.grouped_matmul(x, weight, chosen, **keywords, config=triton.Config(128, 4))
