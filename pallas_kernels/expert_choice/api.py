@@ -28,6 +28,7 @@ def choose_experts(
     Of equal ones the first is taken. All of it is computed in f32: a near tie picks an expert. Weights of a row's
     experts sum to one before each is multiplied with its `expert_scale`. Experts read `x / rms(x) * scale`, in the
     dtype of x. Row r is treated as row `source[r]`, so that rows that nobody reads need no experts of their own.
+    `implementation` is reference or triton; None picks triton on a GPU for up to `triton.MOST_ROWS` rows.
     """
     experts, dim = router.shape
     if x.shape[1] != dim or {len(router_scale), len(scale)} != {dim} or len(expert_scale) != experts:
@@ -37,6 +38,7 @@ def choose_experts(
         )
     if not 1 <= active <= experts:
         raise ValueError(f"active is {active}; there are {experts} experts to choose from")
-    implementation = choose("choose_experts", implementation, triton_fits=triton.why_not(router) is None)
+    fits = len(x) <= triton.MOST_ROWS and triton.why_not(router) is None
+    implementation = choose("choose_experts", implementation, triton_fits=fits)
     chosen = triton if implementation == "triton" else reference
     return chosen.choose_experts(x, router, router_scale, expert_scale, scale, source, active=active, eps=eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pallas_kernels.cases.experts import (
     ExpertSumCase,
 )
 from pallas_kernels.expert_choice import api as choice
+from pallas_kernels.expert_choice import reference as choice_reference
 from pallas_kernels.expert_choice import triton as choice_triton
 from pallas_kernels.expert_sum import api as total
 from pallas_kernels.expert_sum import triton as total_triton
@@ -116,6 +118,26 @@ def test_choosing_lowers_for_cuda(case: ExpertChoiceCase) -> None:
 def test_adding_lowers_for_cuda(case: ExpertSumCase) -> None:
     positional, keywords = shapes(case)
     assert "triton" in lower(functools.partial(total_triton.expert_sum, **keywords), positional)
+
+
+def test_scores_that_are_no_numbers_choose_some_expert_once() -> None:
+    (x, *others), keywords = SMALL_EXPERT_CHOICE[0].arguments()
+    found = CHOOSE["triton"](x.at[0].set(jnp.nan), *others, **keywords)
+    assert sorted(found.chosen[0].tolist()) == sorted(set(found.chosen[0].tolist()))
+    np.testing.assert_array_equal(found.chosen[1:], CHOOSE["triton"](x, *others, **keywords).chosen[1:])
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"), [(choice_triton.MOST_ROWS, "triton"), (choice_triton.MOST_ROWS + 1, "reference")]
+)
+def test_few_rows_choose_in_a_kernel_of_their_own(rows: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (x, *others), keywords = SMALL_EXPERT_CHOICE[0].arguments()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ran = []
+    for each in (choice_triton, choice_reference):
+        monkeypatch.setattr(each, "choose_experts", lambda *_, each=each, **__: ran.append(each.__name__))
+    choice.choose_experts(jnp.resize(x, (rows, x.shape[1])), *others[:-1], None, **keywords)
+    assert [each.rsplit(".", 1)[1] for each in ran] == [name]
 
 
 def test_what_does_not_fit_is_named() -> None:
