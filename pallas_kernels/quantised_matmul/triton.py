@@ -133,12 +133,12 @@ def config_for(weight: Weight, columns: int) -> Config:
     known = tuned(TUNED, key(weight, blocks * block))
     if known:
         return Config(**known)
-    outputs = outputs_of(weight)
-    tile = next(tile for tile in (_TILES if isinstance(weight, W4 | W8) else _TILES[1:]) if outputs % tile == 0)
-    four = isinstance(weight, W4)
+    outputs, four = outputs_of(weight), isinstance(weight, W4)
+    tile = next(tile for tile in (_TILES if four else _TILES[1:]) if outputs % tile == 0)
     # As many shares of the inputs as there are programs enough; at least two blocks each.
     wanted = max(1, min(-(-(_PROGRAMS_W4 if four else _PROGRAMS) // (outputs // tile)), blocks // 2))
-    return Config(tile, -(-blocks // -(-blocks // wanted)), warps_of(tile) if four else 4)
+    splits, stages = -(-blocks // -(-blocks // wanted)), 3 if isinstance(weight, W8) else 4
+    return Config(tile, splits, warps_of(tile) if four else 4, stages)
 
 
 def warps_of(tile: int) -> int:
