@@ -30,6 +30,9 @@ from tests.pallas_kernels.test_attention_and_scoring import NEEDS_INTERPRETER, l
 SELECT = {
     "reference": one_program(api.select_blocks, implementation="reference"),
     "triton": functools.partial(triton.select_blocks, interpret=True),
+    "triton, in steps": functools.partial(
+        triton.select_blocks, interpret=True, config=triton.SelectConfig(means=16, listed=32)
+    ),
 }
 ATTEND = {
     "reference": one_program(api.attend_blocks, implementation="reference"),
