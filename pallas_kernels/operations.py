@@ -59,6 +59,7 @@ from pallas_kernels.move_rows.api import move_rows
 from pallas_kernels.paged import on_hopper
 from pallas_kernels.quantised_matmul.api import matmul
 from pallas_kernels.residual_norm.api import residual_norm
+from pallas_kernels.sparse_attention.api import HOPPER as HOPPER_SPARSE
 from pallas_kernels.sparse_attention.api import attend_blocks, select_blocks
 from pallas_kernels.timing import copies_of, repeated, seconds_of
 from pallas_kernels.token_scoring.api import token_scores
@@ -248,7 +249,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("block_attention", block_attention, SMALL_ATTENTION, LARGE_ATTENTION, hopper=HOPPER),
     Operation("token_scoring", token_scores, SMALL_SCORING, LARGE_SCORING),
     Operation("sparse_selection", listed_blocks, SMALL_SELECTION, LARGE_SELECTION, differing_blocks),
-    Operation("sparse_attention", attend_blocks, SMALL_SPARSE, LARGE_SPARSE),
+    Operation("sparse_attention", attend_blocks, SMALL_SPARSE, LARGE_SPARSE, hopper=HOPPER_SPARSE),
     Operation("quantised_matmul", matmul, SMALL_MATMUL, LARGE_MATMUL),
     Operation("grouped_matmul", grouped_matmul, SMALL_GROUPED, LARGE_GROUPED),
     Operation("expert_choice", weights_and_rows, SMALL_EXPERT_CHOICE, LARGE_EXPERT_CHOICE),

@@ -26,7 +26,7 @@ def how(*, interpret: bool) -> dict[str, Any]:
     if not interpret:
         return {"compiler_params": plgpu.CompilerParams(approx_math=True)}
     if not hasattr(plgpu, "InterpretGPUParams"):
-        raise NotImplementedError("block_attention on Mosaic is interpreted by jax 0.11 and later only")
+        raise NotImplementedError("Mosaic kernels are interpreted by jax 0.11 and later only")
     return {"interpret": plgpu.InterpretGPUParams()}  # pyright: ignore[reportAttributeAccessIssue]
 
 

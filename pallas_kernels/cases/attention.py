@@ -376,6 +376,11 @@ SMALL_SPARSE = (
     SparseCase("compact", (70, 3), 32, 4, 2, 64, 16, 7, 3, block_size=16, key_dim=16),
     SparseCase("compact head of 512", (70,), 64, 4, 1, 512, 64, 3, 2, block_size=64, key_dim=128),
     SparseCase("blocks of 128", (300,), 200, 2, 1, 16, 256, 2, 2),
+    # Ends inside of blocks; the second slot's first query block has two of its own.
+    SparseCase("chunk, heads of 128, two slots", (300, 129), 200, 4, 2, 128, 256, 3, 3, dtype="bfloat16"),
+    SparseCase("chunk, heads of 64, first rows", (0,), 256, 3, 1, 64, 128, 4, 1, dtype="bfloat16"),
+    SparseCase("chunk, heads of 128, last rows", (333,), 256, 2, 1, 128, 128, 5, 99, dtype="bfloat16"),
+    SparseCase("chunk, heads of 256", (200,), 128, 2, 1, 256, 128, 3, 2, dtype="bfloat16"),
 )
 LARGE_SPARSE = (
     SparseCase("SmolLM2 chunk, 8K", (7_000,), 1024, 9, 3, 64, 128, 64, 24, dtype="bfloat16"),

@@ -8,8 +8,8 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import choose
-from pallas_kernels.paged import why_not
-from pallas_kernels.sparse_attention import reference, triton
+from pallas_kernels.paged import on_hopper, why_not
+from pallas_kernels.sparse_attention import mosaic, reference, triton
 from pallas_kernels.sparse_attention.selection import Selection, SelectionRule, update_means
 
 __all__ = [
@@ -20,6 +20,10 @@ __all__ = [
     "sparse_attention",
     "update_means",
 ]
+
+ATTENDING = {"reference": reference, "triton": triton, "mosaic": mosaic}
+HOPPER = ("mosaic",)
+"""Those of ATTENDING for Hopper cards."""
 
 
 def sparse_attention(
@@ -95,7 +99,8 @@ def select_blocks(
             "expected means [slots, blocks, kv_heads, width] with kv_heads dividing heads"
         )
     widths = [queries.shape[3]] if key_dim is None else [key_dim, queries.shape[3] - key_dim]
-    if _choose("select_blocks", implementation, rule.block_size, *widths) == "triton":
+    fits = why_not(rule.block_size, *widths) is None
+    if choose("select_blocks", implementation, triton_fits=fits) == "triton":
         return triton.select_blocks(queries, means, starts, lengths, scale=scale, rule=rule, key_dim=key_dim)
     return reference.select_blocks(queries, means, starts, lengths, scale=scale, rule=rule)
 
@@ -133,12 +138,13 @@ def attend_blocks(
             f"pools have {key_pool.shape[0]} rows in pages of {page_size}: expected whole pages of whole blocks of "
             f"{block_size}"
         )
-    chosen = (
-        triton
-        if _choose("attend_blocks", implementation, page_size, block_size, keys, values) == "triton"
-        else reference
-    )
-    return chosen.attend_blocks(
+    fits = why_not(page_size, block_size, keys, values) is None
+    chosen = choose("attend_blocks", implementation, triton_fits=fits, known=tuple(ATTENDING))
+    if implementation is None and on_hopper():
+        sizes = {"block_size": block_size, "compact": compact}
+        if mosaic.why_not(key_pool, value_pool, **sizes) is None:
+            chosen = "mosaic"
+    return ATTENDING[chosen].attend_blocks(
         queries,
         key_pool,
         value_pool,
@@ -150,7 +156,3 @@ def attend_blocks(
         block_size=block_size,
         compact=compact,
     )
-
-
-def _choose(name: str, implementation: str | None, *sizes: int) -> str:
-    return choose(name, implementation, triton_fits=why_not(*sizes) is None)

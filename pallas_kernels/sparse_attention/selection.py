@@ -30,6 +30,7 @@ class SelectionRule:
 class Selection(NamedTuple):
     """Per query block and head: the numbers of the blocks of keys to read, ascending, and how many they are.
 
+    None begins behind the query block's last row.
     What stands behind the first `counts` indices means nothing.
     """
 

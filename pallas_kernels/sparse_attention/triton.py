@@ -1,22 +1,29 @@
-"""Sparse attention as two Pallas Triton kernels: one selects, one attends. Both work on a query block and one head.
+"""Sparse attention as three Pallas Triton kernels: two select, one attends.
 
-The selecting program walks twice over the means of keys: first for the largest score and the largest mass of a block,
-then again to compare each block with them. What it keeps it writes one behind the other, by a running sum.
+Weighing takes the logarithm of a block's mass for a query block and head: a log-sum-exp over rows of its mean's scores.
+Programs share no sums, so there are as many as there are tiles of means.
 
-    grid (slots * query blocks, heads)           query block [rows, D], in tiles where D is large
-      for each tile of means [MEANS, D]          scores -> running maximum -> mass per block -> largest mass
-      for each tile of means                     the same masses -> kept? -> numbers of blocks, count
+    grid (tiles of means, slots * query blocks, heads)   means [MEANS, D]
+      for each tile of the query block [TILE, D]         scores -> running maximum and sum of each mean
 
-The attending program reads the blocks that are listed, with an online softmax in f32. Programs of the last rows come
-first: they have most to read.
+Listing compares masses with the largest one. What it keeps it writes one behind the other, by a running sum.
 
-    grid (slots * query blocks * tiles, heads)   q tile [TILE, D] stays in registers
-      for each listed block, in parts            K part [KEYS, D] -> scores -> running maximum and sum -> V part
+    grid (slots * query blocks, heads)
+      for each tile of masses [LISTED]                   largest mass
+      for each tile of masses                            kept? -> numbers of blocks, count
+
+The attending program works on a query block and one head. It reads the blocks that are listed, with an online softmax
+in f32. Programs of the last rows come first: they have most to read.
+
+    grid (slots * query blocks * tiles, heads)           q tile [TILE, D] stays in registers
+      for each listed block, in parts                    K part [KEYS, D] -> scores -> running maximum and sum -> V part
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +41,20 @@ from pallas_kernels.sparse_attention.selection import (
     query_block_rows,
 )
 
-_MEANS, _KEYS = 64, 64
-"""Means, and keys, of one step of the loops, at most."""
+_KEYS = 64
+"""Keys of one step of the loops, at most."""
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "rule", "key_dim", "interpret"))
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """How selecting is cut: means of a program that weighs, its warps (None: by size), and masses that a step lists."""
+
+    means: int = 64
+    warps: int | None = None
+    listed: int = 1024
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "rule", "key_dim", "config", "interpret"))
 def select_blocks(
     queries: Float[Array, "B T H Q"],
     means: Float[Array, "B N kv_heads Q"],
@@ -48,6 +64,7 @@ def select_blocks(
     scale: float,
     rule: SelectionRule,
     key_dim: int | None = None,
+    config: SelectConfig = SelectConfig(),
     interpret: bool = False,
 ) -> Selection:
     """See `api.select_blocks`. `key_dim` cuts compact queries, which are no power of two wide, into two that are.
@@ -62,45 +79,63 @@ def select_blocks(
         raise NotImplementedError(f"select_blocks on Triton {reason}")
     size, blocks = query_block_rows(rows, rule.block_size)
     tile, padded = _tiles(size, max(widths))
-    stacked = in_query_blocks(queries.astype(means.dtype), size, blocks, padded)
-    step_means = step_size(_MEANS, width, means.dtype)
+    # In query blocks but not by head: a program reads the rows of its head where they lie.
+    queries = jnp.pad(queries.astype(means.dtype), ((0, 0), (0, blocks * size - rows), (0, 0), (0, 0)))
+    queries = queries.reshape(slots, blocks, size, heads, width)
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padded - size), (0, 0), (0, 0)))
+    step_means = step_size(config.means, width, means.dtype)
+    warps = config.warps or (8 if step_means * width >= TILE_NUMBERS else 4)
     means = jnp.pad(means, ((0, 0), (0, -num_blocks % step_means), (0, 0), (0, 0)))
-    places = means.shape[1]
-    query_parts, mean_parts = jnp.split(stacked, cuts, axis=-1), jnp.split(means, cuts, axis=-1)
+    listed = max(step_means, min(config.listed, pl.next_power_of_2(num_blocks)))
+    places = -(-num_blocks // listed) * listed
+    query_parts, mean_parts = jnp.split(queries, cuts, axis=-1), jnp.split(means, cuts, axis=-1)
     whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
+    shared = {"rows": rows, "size": size, "blocks": blocks, "num_blocks": num_blocks, "rule": rule}
 
-    def of_block(*rest: int) -> pl.BlockSpec:
-        zeros = (0,) * len(rest)
+    def of_block(part: Array) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (None, None, None, *rest), lambda place, head: (place // blocks, place % blocks, head, *zeros)
+            (None, None, padded, None, part.shape[4]),
+            lambda _, place, head: (place // blocks, place % blocks, 0, head, 0),
         )
 
-    indices, counts = pl.pallas_call(
+    masses = pl.pallas_call(
         functools.partial(
-            _select_kernel,
-            rows=rows,
-            size=size,
-            blocks=blocks,
+            _weigh_kernel,
             tile=tile,
             tiles=padded // tile,
-            num_blocks=num_blocks,
-            places=places,
             step_means=step_means,
             group=heads // kv_heads,
             scale=scale,
-            rule=rule,
+            **shared,
         ),
+        grid=(means.shape[1] // step_means, slots * blocks, heads),
+        in_specs=[*map(of_block, query_parts), *[whole] * (len(mean_parts) + 2)],
+        out_specs=pl.BlockSpec(
+            (None, None, None, step_means),
+            lambda step, place, head: (place // blocks, place % blocks, head, step),
+        ),
+        out_shape=jax.ShapeDtypeStruct((slots, blocks, heads, places), jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=2),
+        interpret=interpret,
+        name="sparse_attention_weigh",
+    )(*query_parts, *mean_parts, starts, lengths)
+
+    def of_list(entries: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, None, entries), lambda place, head: (place // blocks, place % blocks, head, 0))
+
+    indices, counts = pl.pallas_call(
+        functools.partial(_list_kernel, places=places, listed=listed, **shared),
         grid=(slots * blocks, heads),
-        in_specs=[*[of_block(padded, part.shape[4]) for part in query_parts], *[whole] * (len(mean_parts) + 2)],
-        out_specs=[of_block(places), of_block(1)],
+        in_specs=[of_list(places), whole, whole],
+        out_specs=[of_list(places), of_list(1)],
         out_shape=[
             jax.ShapeDtypeStruct((slots, blocks, heads, places), jnp.int32),
             jax.ShapeDtypeStruct((slots, blocks, heads, 1), jnp.int32),
         ],
-        compiler_params=plt.CompilerParams(num_warps=8 if tile * max(widths) >= TILE_NUMBERS else 4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
-        name="sparse_attention_select",
-    )(*query_parts, *mean_parts, starts, lengths)
+        name="sparse_attention_list",
+    )(masses, starts, lengths)
     return Selection(indices[..., :num_blocks], counts[..., 0])
 
 
@@ -171,70 +206,102 @@ def _tiles(size: int, width: int) -> tuple[int, int]:
     return tile, -(-size // tile) * tile
 
 
-def _select_kernel(
+class _Seen(NamedTuple):
+    """Token indices of a query block's first and last row, its prompt's length, and how many blocks it sees some of."""
+
+    first: Array
+    last: Array
+    length: Array
+    end: Array
+
+
+def _seen(
+    starts_ref, lengths_ref, place: Array, *, rows: int, size: int, blocks: int, num_blocks: int, block_size: int
+) -> _Seen:
+    slot = jax.lax.div(place, blocks)
+    start, length = starts_ref[slot], lengths_ref[slot]
+    first = start + jax.lax.rem(place, blocks) * size
+    last = jnp.minimum(jnp.minimum(first + size, start + rows), length) - 1
+    end = jnp.minimum(jax.lax.div(last, block_size) + 1, num_blocks)
+    return _Seen(first, last, length, jnp.where(first < length, end, 0))
+
+
+def _weigh_kernel(
     *refs,
     rows: int,
     size: int,
     blocks: int,
+    num_blocks: int,
+    rule: SelectionRule,
     tile: int,
     tiles: int,
-    num_blocks: int,
-    places: int,
     step_means: int,
     group: int,
     scale: float,
-    rule: SelectionRule,
 ) -> None:
-    *both, starts_ref, lengths_ref, indices_ref, counts_ref = refs
+    *both, starts_ref, lengths_ref, masses_ref = refs
     query_refs, mean_refs = both[: len(both) // 2], both[len(both) // 2 :]
-    place, head = pl.program_id(0), pl.program_id(1)
+    step, place, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, kv_head = jax.lax.div(place, blocks), jax.lax.div(head, group)
-    start, length = starts_ref[slot], lengths_ref[slot]
-    first = start + jax.lax.rem(place, blocks) * size
-    last = jnp.minimum(jnp.minimum(first + size, start + rows), length) - 1
-    end = jnp.minimum(jax.lax.div(last, rule.block_size) + 1, num_blocks)
-    end = jnp.where(first < length, end, 0)
-    steps = jax.lax.div(end + step_means - 1, step_means)
+    sizes = {"rows": rows, "size": size, "blocks": blocks, "num_blocks": num_blocks, "block_size": rule.block_size}
+    first, last, _, end = _seen(starts_ref, lengths_ref, place, **sizes)
+    number = step * step_means + jax.lax.broadcasted_iota(jnp.int32, (step_means, 1), 0)
+    means = [plt.load(ref.at[slot, pl.ds(step * step_means, step_means), kv_head, :]) for ref in mean_refs]
 
-    def numbers(step):
-        return step * step_means + jax.lax.broadcasted_iota(jnp.int32, (step_means,), 0)
+    def add(index, state):
+        highest, total = state
+        scores = jnp.zeros((step_means, tile), jnp.float32)
+        for query_ref, mean in zip(query_refs, means, strict=True):
+            query = plt.load(query_ref.at[pl.ds(index * tile, tile), :])
+            scores += plt.dot(mean, query, trans_b=True, precision=precision_of(query))
+        token = first + index * tile + jax.lax.broadcasted_iota(jnp.int32, (1, tile), 1)
+        seen = (number * rule.block_size <= token) & (token <= last)
+        scores = jnp.where(seen, scores * scale, LOWEST)
+        new_highest = jnp.maximum(highest, jnp.max(scores, axis=1))
+        part = jnp.sum(jnp.where(seen, jnp.exp(scores - new_highest[:, None]), 0.0), axis=1)
+        return new_highest, total * jnp.exp(highest - new_highest) + part
 
-    def masses(step):
-        """The largest score of the step's blocks, and each block's mass relative to it."""
-        means = [plt.load(ref.at[slot, pl.ds(step * step_means, step_means), kv_head, :]) for ref in mean_refs]
-        first_key = numbers(step)[None, :] * rule.block_size
+    state = (jnp.full((step_means,), LOWEST, jnp.float32), jnp.zeros((step_means,), jnp.float32))
+    here = jnp.where(step * step_means < end, jnp.int32(tiles), jnp.int32(0))  # nothing is read where nothing is seen
+    highest, total = jax.lax.fori_loop(0, here, add, state)
+    masses_ref[...] = jnp.where(total > 0.0, highest + jnp.log(total), LOWEST)
 
-        def add(index, state):
-            highest, mass = state
-            scores = jnp.zeros((tile, step_means), jnp.float32)
-            for query_ref, mean in zip(query_refs, means, strict=True):
-                query = plt.load(query_ref.at[pl.ds(index * tile, tile), :])
-                scores += plt.dot(query, mean, trans_b=True, precision=precision_of(query))
-            token = first + index * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
-            seen = (first_key <= token) & (token <= last)
-            scores = jnp.where(seen, scores * scale, LOWEST)
-            # One axis at a time: jax 0.11 fails to lower a maximum over two inside a mesh.
-            new_highest = jnp.maximum(highest, jnp.max(jnp.max(scores, axis=0), axis=0))
-            part = jnp.sum(jnp.where(seen, jnp.exp(scores - new_highest), 0.0), axis=0)
-            return new_highest, mass * jnp.exp(highest - new_highest) + part
 
-        return jax.lax.fori_loop(0, tiles, add, (jnp.float32(LOWEST), jnp.zeros((step_means,), jnp.float32)))
-
-    def find_largest(step, state):
-        highest, largest = state
-        peak, mass = masses(step)
-        new_highest = jnp.maximum(highest, peak)
-        here = jnp.max(mass) * jnp.exp(peak - new_highest)
-        return new_highest, jnp.maximum(largest * jnp.exp(highest - new_highest), here)
-
-    highest, largest = jax.lax.fori_loop(0, steps, find_largest, (jnp.float32(LOWEST), jnp.float32(0.0)))
+def _list_kernel(
+    masses_ref,
+    starts_ref,
+    lengths_ref,
+    indices_ref,
+    counts_ref,
+    *,
+    rows: int,
+    size: int,
+    blocks: int,
+    num_blocks: int,
+    rule: SelectionRule,
+    places: int,
+    listed: int,
+) -> None:
+    sizes = {"rows": rows, "size": size, "blocks": blocks, "num_blocks": num_blocks, "block_size": rule.block_size}
+    first, _, length, end = _seen(starts_ref, lengths_ref, pl.program_id(0), **sizes)
     near = jax.lax.div(first, rule.block_size) - rule.window
     whole = first >= length - rule.full * rule.block_size
+    steps = jax.lax.div(end + listed - 1, listed)
+
+    def numbers(step):
+        return step * listed + jax.lax.broadcasted_iota(jnp.int32, (listed,), 0)
+
+    def masses(step):
+        return jnp.where(numbers(step) < end, plt.load(masses_ref.at[pl.ds(step * listed, listed)]), LOWEST)
+
+    def find_largest(step, largest):
+        return jnp.maximum(largest, jnp.max(masses(step)))
+
+    largest = jax.lax.fori_loop(0, steps, find_largest, jnp.float32(LOWEST))
 
     def keep(step, count):
-        peak, mass = masses(step)
         number = numbers(step)
-        heavy = mass * jnp.exp(peak - highest) >= rule.alpha * largest
+        heavy = jnp.exp(masses(step) - largest) >= rule.alpha
         kept = (heavy | (number < rule.sink) | (number > near) | whole) & (number < end)
         before = count + jnp.cumsum(kept.astype(jnp.int32), axis=0)  # with itself
         # Every block has a place of its own, from the end if it is dropped: the interpreter writes to masked ones too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_attention.api import block_attention
+from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config
 from pallas_kernels.cases.attention import (
     LARGE_SELECTION,
     LARGE_SPARSE,
@@ -20,14 +22,17 @@ from pallas_kernels.cases.attention import (
     SelectionCase,
     SparseCase,
 )
-from pallas_kernels.operations import differing_blocks, shapes
-from pallas_kernels.sparse_attention import api, triton
+from pallas_kernels.operations import OPERATIONS, differing_blocks, shapes
+from pallas_kernels.sparse_attention import api, mosaic, triton
 from tests.pallas_kernels.compiled import one_program
-from tests.pallas_kernels.test_attention_and_scoring import lower, tolerance
+from tests.pallas_kernels.test_attention_and_scoring import NEEDS_INTERPRETER, lower, tolerance
 
 SELECT = {
     "reference": one_program(api.select_blocks, implementation="reference"),
     "triton": functools.partial(triton.select_blocks, interpret=True),
+    "triton, in steps": functools.partial(
+        triton.select_blocks, interpret=True, config=triton.SelectConfig(means=16, listed=32)
+    ),
 }
 ATTEND = {
     "reference": one_program(api.attend_blocks, implementation="reference"),
@@ -92,9 +97,7 @@ def test_the_last_query_blocks_of_a_prompt_read_everything_and_padding_nothing()
     assert len(kept[0, 0, 0]) < 9
 
 
-@pytest.mark.parametrize("implementation", ATTEND)
-@pytest.mark.parametrize("case", SMALL_SPARSE, ids=lambda case: case.name)
-def test_attention_is_a_softmax_over_the_selected_blocks(case: SparseCase, implementation: str) -> None:
+def softmax_over_blocks(case: SparseCase) -> np.ndarray:
     positional, keywords = case.arguments()
     queries, keys, values, table, starts, selection = (jax.tree.map(np.asarray, each) for each in positional)
     keys, values = keys.astype(np.float64), values.astype(np.float64)
@@ -111,8 +114,80 @@ def test_attention_is_a_softmax_over_the_selected_blocks(case: SparseCase, imple
         scores = keywords["scale"] * (keys[rows, of_head] @ queries[slot, row, head].astype(np.float64))
         weights = np.exp(scores - scores.max())
         expected[slot, row, head] = weights @ values[rows, of_head] / weights.sum()
+    return expected
+
+
+@pytest.mark.parametrize("implementation", ATTEND)
+@pytest.mark.parametrize("case", SMALL_SPARSE, ids=lambda case: case.name)
+def test_attention_is_a_softmax_over_the_selected_blocks(case: SparseCase, implementation: str) -> None:
+    positional, keywords = case.arguments()
     out = np.asarray(ATTEND[implementation](*positional, **keywords), np.float32)
-    np.testing.assert_allclose(out, expected, atol=tolerance(case.dtype), rtol=tolerance(case.dtype))
+    np.testing.assert_allclose(out, softmax_over_blocks(case), atol=tolerance(case.dtype), rtol=tolerance(case.dtype))
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("chunk, heads of 128, two slots", None),
+        ("chunk, heads of 128, two slots", Config(64, 2, splits=2)),
+        ("chunk, heads of 64, first rows", None),
+        ("chunk, heads of 64, first rows", Config(64, 3, splits=1, early=True)),
+        ("chunk, heads of 128, last rows", None),
+        ("chunk, heads of 128, last rows", Config(128, 2, splits=1)),
+        ("chunk, heads of 256", None),
+        ("chunk, heads of 256", Config(64, 2, splits=4)),
+    ],
+)
+def test_mosaic_is_a_softmax_over_the_selected_blocks(name: str, config: Config | None) -> None:
+    case = next(case for case in SMALL_SPARSE if case.name == name)
+    positional, keywords = case.arguments()
+    out = np.asarray(mosaic.attend_blocks(*positional, **keywords, config=config, interpret=True), np.float32)
+    np.testing.assert_allclose(out, softmax_over_blocks(case), atol=3e-3, rtol=1e-2)  # one key more shows
+
+
+@NEEDS_INTERPRETER
+def test_on_mosaic_a_row_depends_on_no_other_and_not_on_where_the_chunk_begins() -> None:
+    """Two splits for results of f32, which show every bit. Scores and sums are exact, as the interpreter needs it."""
+    case = SparseCase("", (200, 70), 256, 2, 1, 64, 128, 4, 2, dtype="bfloat16")
+    (*arrays, table, starts, selection), keywords = case.arguments()
+    queries, keys, values = (jnp.round(array.astype(jnp.float32) * 2) / 2 for array in arrays)
+    pools = (keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16))
+    attend = functools.partial(mosaic.attend_blocks, **keywords, config=Config(64, 2, splits=2), interpret=True)
+    whole = np.asarray(attend(queries, *pools, table, starts, selection))
+    changed = queries.at[0, 140:].set(7.0).at[1].set(-3.0)
+    fewer = api.Selection(selection.indices, selection.counts.at[1].set(1))
+    others = np.asarray(attend(changed, *pools, table, starts, fewer))
+    np.testing.assert_array_equal(whole[0, :140], others[0, :140])
+    behind = api.Selection(selection.indices[:, 1:], selection.counts[:, 1:])
+    np.testing.assert_array_equal(whole[:, 128:], attend(queries[:, 128:], *pools, table, starts + 128, behind))
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("splits", [1, 4])
+def test_rows_without_blocks_are_zeros_on_mosaic(splits: int) -> None:
+    case = SparseCase("", (100,), 256, 2, 1, 64, 128, 8, 3, dtype="bfloat16")
+    (*arrays, selection), keywords = case.arguments()
+    counts = selection.counts.at[0, 1].set(0)
+    config = Config(128, 2, splits)
+    out = mosaic.attend_blocks(
+        *arrays, api.Selection(selection.indices, counts), **keywords, config=config, interpret=True
+    )
+    assert np.asarray(out, np.float32)[0, :128].any(axis=-1).all() and not np.asarray(out, np.float32)[0, 128:].any()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_blocks_fit_shared_memory_on_mosaic(head_dim: int) -> None:
+    config = mosaic.config_for(head_dim)
+    assert TILE % config.key_block == 0 and 2 * head_dim * (TILE + 2 * config.slots * config.key_block) <= 226 * 1024
+
+
+@pytest.mark.parametrize(
+    ("programs", "blocks", "splits"),
+    [(128, 1024, 1), (72, 64, 1), (66, 64, 2), (32, 1024, 4), (32, 4, 2), (32, 3, 1), (144, 64, 1)],
+)
+def test_lists_are_split_where_one_wave_has_room(programs: int, blocks: int, splits: int) -> None:
+    assert mosaic.splits_of(programs, blocks) == splits
 
 
 def means_of(case: AttentionCase, ends: tuple[int, ...], begins: tuple[int, ...] = (0, 0)) -> jax.Array:
@@ -210,6 +285,51 @@ def test_selecting_lowers_for_cuda(case: SelectionCase) -> None:
 def test_attending_lowers_for_cuda(case: SparseCase) -> None:
     positional, keywords = shapes(case)
     assert "triton" in lower(functools.partial(triton.attend_blocks, **keywords), positional)
+
+
+def test_attending_on_mosaic_lowers_for_cuda() -> None:
+    operation = next(each for each in OPERATIONS if each.name == "sparse_attention")
+    cases = [case for case in [*SMALL_SPARSE, *LARGE_SPARSE] if "mosaic" in operation.kernels(case)]
+    assert len(cases) == 7
+    for case in cases:
+        positional, keywords = shapes(case)
+        assert "mosaic" in lower(functools.partial(mosaic.attend_blocks, **keywords), positional)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "mosaic"),
+        ({"rows": 5}, "mosaic"),
+        ({"head_dim": 32}, "triton"),
+        ({"dtype": "float32"}, "triton"),
+        ({"key_dim": 64}, "triton"),
+        ({"block_size": 64}, "triton"),
+    ],
+)
+def test_a_hopper_card_runs_mosaic_for_what_it_takes(
+    change: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def attend_blocks(self, queries: jax.Array, *_: Any, **__: Any) -> jax.Array:
+            ran.append(self.name)
+            return queries
+
+    case = SparseCase("", (70,), 128, 2, 1, 128, 128, 4, 2, dtype="bfloat16")
+    positional, keywords = shapes(dataclasses.replace(case, **change))
+    if expected != "mosaic":
+        with pytest.raises(NotImplementedError, match="attend_blocks on Mosaic takes"):
+            jax.eval_shape(functools.partial(mosaic.attend_blocks, **keywords), *positional)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(api, "on_hopper", lambda: True)
+    monkeypatch.setattr(api, "ATTENDING", {name: Recorder(name) for name in api.ATTENDING})
+    jax.eval_shape(functools.partial(api.attend_blocks, **keywords), *positional)
+    assert ran == [expected]
 
 
 def test_the_measure_of_two_lists_is_the_share_that_differs() -> None:
