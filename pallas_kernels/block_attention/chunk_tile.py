@@ -38,13 +38,11 @@ class Config:
     key_block  keys that a warpgroup looks at together
     slots      blocks of keys, and as many of values, that shared memory holds
     splits     shares of the keys, each a program of its own; None: what fills the card
-    early      where the next block lies is looked up before there is room for this one
     """
 
     key_block: int
     slots: int
     splits: int | None = None
-    early: bool = False
 
 
 def config_for(head_dim: int, page_size: int) -> Config:
@@ -309,13 +307,8 @@ def attend(
             column = jax.lax.rem(column, pages) if ring else jnp.minimum(column, pages - 1)
             return table_ref[slot, column] * page_size + jax.lax.rem(token, page_size)
 
-        def place_of(turn: Array) -> Array:
-            """In blocks: Mosaic must see that a copy begins with a whole group of rows."""
-            return jax.lax.div(first_pool_row(turn), key_block)
-
-        def copy(turn: Array, place: Array | None) -> Array | None:
-            next_place = place_of(jnp.minimum(turn + 1, visits - 1)) if config.early else None
-            at = pl.ds(first_pool_row(turn) if place is None else place * key_block, key_block)
+        def copy(turn: Array, _: None) -> None:
+            at = pl.ds(first_pool_row(turn), key_block)
             here = jax.lax.rem(turn, slots)
             for source, target, arrived, done in (
                 (key_ref, keys, keys_here, keys_done),
@@ -323,9 +316,8 @@ def attend(
             ):
                 pl.when(turn >= slots)(functools.partial(plgpu.barrier_wait, done.at[here]))
                 plgpu.copy_gmem_to_smem(source.at[at, mine.kv_head], target.at[here], arrived.at[here])
-            return next_place
 
-        jax.lax.fori_loop(0, visits, copy, place_of(jnp.int32(0)) if config.early else None)
+        jax.lax.fori_loop(0, visits, copy, None)
         for number in range(slots):  # nobody leaves before all that was copied has been read
 
             @pl.when(number < visits)

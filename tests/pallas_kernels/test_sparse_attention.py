@@ -132,7 +132,7 @@ def test_attention_is_a_softmax_over_the_selected_blocks(case: SparseCase, imple
         ("chunk, heads of 128, two slots", None),
         ("chunk, heads of 128, two slots", Config(64, 2, splits=2)),
         ("chunk, heads of 64, first rows", None),
-        ("chunk, heads of 64, first rows", Config(64, 3, splits=1, early=True)),
+        ("chunk, heads of 64, first rows", Config(64, 3, splits=1)),
         ("chunk, heads of 128, last rows", None),
         ("chunk, heads of 128, last rows", Config(128, 2, splits=1)),
         ("chunk, heads of 256", None),
