@@ -26,7 +26,17 @@ from dflash_jax.speculate.step import Networks, Pools, Slots
 from dflash_jax.speculate.tree import choose_tree
 from tests.speculate.test_loop import GREEDY, PROMPT, SAMPLED, answer
 from tests.speculate.test_sampling import parameters
-from tests.tiny import DRAFTER, F32, PAGE_SIZE, VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
+from tests.tiny import (
+    DRAFTER,
+    F32,
+    LONGEST_SCRIPT,
+    PAGE_SIZE,
+    VOCABULARY,
+    ScriptedDrafter,
+    padded,
+    tiny_drafter,
+    tiny_target,
+)
 
 
 def test_nodes_are_the_likeliest_paths_over_the_selectors_scores() -> None:
@@ -75,8 +85,8 @@ class SecondChoice(nnx.Module):
 
     def __init__(self, target: Decoder, script: list[int], period: int, config: Any = DRAFTER) -> None:
         self.config = config
-        positions = np.arange(len(script) + 64)
-        self.script = nnx.Param(jnp.asarray(np.pad(np.asarray(script, np.int32), (0, 64))))
+        positions = np.arange(LONGEST_SCRIPT)
+        self.script = nnx.Param(jnp.asarray(padded(script)))
         self.wrong = nnx.Param(jnp.asarray(np.where(positions % period == 0, 1.0, 0.0), jnp.float32))
         self.embedding = nnx.Param(dense(target.embedding.get_value()))
 
