@@ -78,8 +78,9 @@ def test_a_model_without_windows_has_no_rings(make: Callable[..., Engine]) -> No
 @pytest.mark.parametrize("dflash", ["off", "on"])
 def test_turns_forks_and_rollbacks_say_what_a_fresh_engine_says(make: Callable[..., Engine], dflash: str) -> None:
     model = windowed_model(drafted=dflash == "on")
-    engine = make(model, dflash=dflash, pflash="off", max_sessions=2)
-    fresh = make(model, rings=False, dflash="off", pflash="off", max_sessions=1)
+    # Pools of three sessions have the sizes of other tests', whose programs they can run.
+    engine = make(model, dflash=dflash, pflash="off", max_sessions=3)
+    fresh = make(model, rings=False, dflash="off", pflash="off", max_sessions=3)
     cached: dict[str, int] = {}
 
     def check(name: str, chat: list[dict[str, str]], tokens: int = 12) -> Any:
