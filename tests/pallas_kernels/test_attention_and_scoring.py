@@ -90,7 +90,9 @@ def dense_scores(case: ScoringCase) -> np.ndarray:
     return np.pad(by_row.mean(0), (0, case.pages * case.page_size - int(length)))
 
 
-@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize(
+    "implementation", ["reference", "triton", pytest.param("triton, keys first", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", SMALL_ATTENTION, ids=lambda case: case.name)
 def test_attention_is_a_dense_softmax(case: AttentionCase, implementation: str) -> None:
     positional, keywords = case.arguments()

@@ -202,12 +202,12 @@ def test_same_tokens_in_every_family(goldens: Path, name: str) -> None:
         assert steps == 4
 
 
-@pytest.mark.parametrize("rows", [2, 5, 16])
+@pytest.mark.parametrize("rows", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(16, marks=pytest.mark.slow)])
 def test_plain_steps_give_the_same_tokens_with_any_number_of_rows(target: Decoder, rows: int) -> None:
     assert answer(target, None, 30, rows=rows)[0] == answer(target, None, 30, rows=1)[0]
 
 
-@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("rows", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_short_verify(target: Decoder, rows: int) -> None:
     plain, _ = answer(target, None, 33, rows=1)
     ids, steps = answer(target, ScriptedDrafter(target, script_of(plain)), 33, rows=rows)
@@ -215,7 +215,7 @@ def test_short_verify(target: Decoder, rows: int) -> None:
     assert steps == -(-33 // rows)
 
 
-@pytest.mark.parametrize("rows", [4, 8, 12])
+@pytest.mark.parametrize("rows", [4, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (8, 12))])
 def test_short_blocks_with_a_convolution(target: Decoder, rows: int) -> None:
     drafter = tiny_drafter(config=dataclasses.replace(DRAFTER, convolution_group=16, path_rank=8))
     assert answer(target, drafter, 33, rows=rows)[0] == answer(target, None, 33, rows=1)[0]

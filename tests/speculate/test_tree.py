@@ -175,7 +175,12 @@ def test_pools_hold_what_plain_decoding_stores(target: Decoder) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts", [{"path_rank": 8}, {"convolution_group": 16}, {"path_rank": 8, "convolution_group": 8}]
+    "parts",
+    [
+        pytest.param({"path_rank": 8}, marks=pytest.mark.slow),
+        pytest.param({"convolution_group": 16}, marks=pytest.mark.slow),
+        {"path_rank": 8, "convolution_group": 8},
+    ],
 )
 def test_a_drafter_with_more_parts(target: Decoder, parts: dict[str, int]) -> None:
     config = dataclasses.replace(DRAFTER, **parts)
@@ -237,7 +242,7 @@ def test_same_tokens_in_every_family(goldens: Path, name: str) -> None:
         assert steps <= 7  # a chain takes 10
 
 
-@pytest.mark.parametrize("allowed", [5, 7])
+@pytest.mark.parametrize("allowed", [5, pytest.param(7, marks=pytest.mark.slow)])
 def test_fewer_tokens_than_a_row_has_candidates(allowed: int) -> None:
     """Some of a row's candidates are the same token then, which must not become two children of one node."""
     target = tiny_target()
