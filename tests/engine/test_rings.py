@@ -148,6 +148,7 @@ def test_sessions_that_take_turns_and_are_evicted_stay_right(make: Callable[...,
             chat += [said(result.text), {"role": "user", "content": "Go on."}]
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_while_serving_with_rings(make: Callable[..., Engine]) -> None:
     engine = make(windowed_model(drafted=True), pflash="on", keep_ratio=0.5)
     engine.warm_up()

@@ -36,6 +36,8 @@ MODELS = (
     "gemma4_experts",
     "gemma4_per_layer",
 )
+SLOW = ("llama_tied", "llama_rope_scaled", "qwen3_tied", "gemma3_multimodal")
+"""What only these have are numbers in the config, or a table less."""
 TOLERANCE = 5e-4
 PAGE_SIZE = 8
 # Pages of the two sequences are interleaved and out of order; page 0 belongs to nobody.
@@ -84,7 +86,9 @@ class Target:
         return {"capture": (last, *range(last)), "unrotated": (last,)}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS]
+)
 def target(request: pytest.FixtureRequest, goldens: Path) -> Target:
     checkpoint = checkpoints.load(goldens / request.param)
     decoder = Decoder(checkpoint.config, checkpoint.parameters, dtype=jnp.float32)
