@@ -18,7 +18,7 @@ serve: $(VENV)/.serve ## install what serving needs, then serve the default mode
 	@$(VENV)/bin/dflash-jax serve $(ARGS)
 
 test: $(VENV)/.test ## install what tests need, then run them all
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.test ## style, types and the import contract
 	$(VENV)/bin/ruff check .

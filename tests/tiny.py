@@ -23,6 +23,7 @@ from dflash_jax.models.layers import KvPool
 F32 = jnp.dtype(jnp.float32)
 PAGE_SIZE = 16
 VOCABULARY = 300
+LONGEST_SCRIPT = 576
 
 TARGET = ModelConfig(
     family="llama",
@@ -63,6 +64,11 @@ def tiny_drafter(seed: int = 1, config: DrafterConfig = DRAFTER) -> Drafter:
     return Drafter(config, random_drafter(config, seed), dtype=F32)
 
 
+def padded(script: Sequence[int]) -> np.ndarray:
+    """A script with zeros behind it, so that one program serves scripts of any length."""
+    return np.pad(np.asarray(script, np.int32), (0, LONGEST_SCRIPT - len(script)))
+
+
 class ScriptedDrafter(nnx.Module):
     """Proposes token `script[p]` for position p, whatever it is shown.
 
@@ -71,7 +77,7 @@ class ScriptedDrafter(nnx.Module):
 
     def __init__(self, target: Decoder, script: Sequence[int], config: DrafterConfig = DRAFTER) -> None:
         self.config = config
-        self.script = nnx.Param(jnp.asarray(np.pad(np.asarray(script, np.int32), (0, 64))))
+        self.script = nnx.Param(jnp.asarray(padded(script)))
         self.embedding = nnx.Param(target.embedding.get_value())
 
     def read(self, features: jnp.ndarray, pools: Sequence[KvPool], place: Place) -> tuple[KvPool, ...]:

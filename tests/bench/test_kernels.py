@@ -30,6 +30,7 @@ def one_case_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "OPERATIONS", few)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_case_each")
 def test_every_operation_is_reported(tmp_path, capsys) -> None:
     report = kernels.run(json_file=tmp_path / "kernels.json")

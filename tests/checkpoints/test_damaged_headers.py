@@ -21,6 +21,8 @@ from checkpoints.source import Source
 from dflash_jax.models.config import ConfigError
 from tests.checkpoints.gguf_writing import write_gguf
 
+pytestmark = pytest.mark.slow
+
 EDGES = [0, 1, 2, 31, 255, 1 << 16, (1 << 31) - 1, (1 << 32) - 1, 1 << 40, (1 << 62) + 1, (1 << 64) - 1]
 MOST = 16 << 20
 """Bytes that reading a file of 100 KB may allocate."""

@@ -79,6 +79,7 @@ def test_published_numbers(converted: checkpoints.Checkpoint) -> None:
         ("blk.12.ffn_down.weight", "layers.12.mlp.down", 0),
     ],
 )
+@pytest.mark.slow
 def test_published_matrices(
     converted: checkpoints.Checkpoint, tensors: dict[str, Any], own: str, name: str, interleaved_heads: int
 ) -> None:

@@ -55,6 +55,7 @@ def test_same_model_as_the_folder(goldens: Path, tmp_path: Path, name: str) -> N
         np.testing.assert_allclose(found.readers[tensor](), values, rtol=1e-6, err_msg=tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(goldens: Path, tmp_path: Path, name: str) -> None:
     target = dflash_jax.load_target(write(goldens, name, tmp_path / "model.gguf"))

@@ -76,7 +76,10 @@ def compare(source: Path, out: Path, formats: list[str]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(("model", "formats"), [("qwen3", ["f32", "w8", "w4"]), ("gemma4_experts", ["f32"])])
+@pytest.mark.parametrize(
+    ("model", "formats"),
+    [("qwen3", ["f32", "w8", "w4"]), pytest.param("gemma4_experts", ["f32"], marks=pytest.mark.slow)],
+)
 def test_tensor_parallel_logits_equal_those_of_one_device(
     goldens: Path, tmp_path: Path, model: str, formats: list[str]
 ) -> None:

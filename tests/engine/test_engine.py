@@ -109,6 +109,7 @@ def test_same_tokens_without_drafter_with_random_drafter_and_with_oracle(make: C
     assert oracle.stats.dflash.verify_steps == 3
 
 
+@pytest.mark.slow
 def test_a_drafter_of_shorter_blocks(make: Callable[..., Engine]) -> None:
     plain = make(tiny_model(), dflash="off", pflash="off").generate(CHAT, max_tokens=30, ignore_eos=True)
     drafter = tiny_drafter(config=dataclasses.replace(DRAFTER, block_size=8))
@@ -117,6 +118,7 @@ def test_a_drafter_of_shorter_blocks(make: Callable[..., Engine]) -> None:
     assert short.stats.dflash is not None
 
 
+@pytest.mark.slow
 def test_prompts_scored_side_by_side_share_the_room_for_it(make: Callable[..., Engine]) -> None:
     engine = make(tiny_model(context_length=460), context_length=460, max_sessions=6, pflash="on", keep_ratio=0.5)
     collectors = [Collector() for _ in range(6)]

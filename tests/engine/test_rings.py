@@ -75,11 +75,12 @@ def test_a_model_without_windows_has_no_rings(make: Callable[..., Engine]) -> No
     assert engine._shared.store._rings is None
 
 
-@pytest.mark.parametrize("dflash", ["off", "on"])
+@pytest.mark.parametrize("dflash", [pytest.param("off", marks=pytest.mark.slow), "on"])
 def test_turns_forks_and_rollbacks_say_what_a_fresh_engine_says(make: Callable[..., Engine], dflash: str) -> None:
     model = windowed_model(drafted=dflash == "on")
-    engine = make(model, dflash=dflash, pflash="off", max_sessions=2)
-    fresh = make(model, rings=False, dflash="off", pflash="off", max_sessions=1)
+    # Pools of three sessions have the sizes of other tests', whose programs they can run.
+    engine = make(model, dflash=dflash, pflash="off", max_sessions=3)
+    fresh = make(model, rings=False, dflash="off", pflash="off", max_sessions=3)
     cached: dict[str, int] = {}
 
     def check(name: str, chat: list[dict[str, str]], tokens: int = 12) -> Any:
@@ -110,7 +111,14 @@ def test_turns_forks_and_rollbacks_say_what_a_fresh_engine_says(make: Callable[.
     assert engine.gauges()["read_again_tokens"] > 0
 
 
-@pytest.mark.parametrize(("positions", "scored"), [("original", False), ("compact", False), ("compact", True)])
+@pytest.mark.parametrize(
+    ("positions", "scored"),
+    [
+        pytest.param("original", False, marks=pytest.mark.slow),
+        ("compact", False),
+        pytest.param("compact", True, marks=pytest.mark.slow),
+    ],
+)
 def test_pruned_conversations_say_what_they_say_without_rings(
     make: Callable[..., Engine], positions: str, scored: bool
 ) -> None:
@@ -128,6 +136,7 @@ def test_pruned_conversations_say_what_they_say_without_rings(
     assert again[0].token_ids == again[1].token_ids
 
 
+@pytest.mark.slow
 def test_sessions_that_take_turns_and_are_evicted_stay_right(make: Callable[..., Engine]) -> None:
     engine = make(windowed_model(), pflash="off", max_sessions=1)
     fresh = make(windowed_model(), rings=False, dflash="off", pflash="off", max_sessions=3)
@@ -139,6 +148,7 @@ def test_sessions_that_take_turns_and_are_evicted_stay_right(make: Callable[...,
             chat += [said(result.text), {"role": "user", "content": "Go on."}]
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_while_serving_with_rings(make: Callable[..., Engine]) -> None:
     engine = make(windowed_model(drafted=True), pflash="on", keep_ratio=0.5)
     engine.warm_up()

@@ -53,6 +53,7 @@ def test_penalties_and_logprobs(plain: Engine, tree: Engine) -> None:
         assert [top.token_id for top in one.top] == [top.token_id for top in other.top]
 
 
+@pytest.mark.slow
 def test_answers_end_at_the_windows_end() -> None:
     """Most nodes then stand past the window; there must be pages for them all the same."""
     window = 128

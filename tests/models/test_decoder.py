@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 import checkpoints
+from dflash_jax.engine.programs import put
 from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.decoder import Decoder, Pass, Place, empty_pools
 from dflash_jax.models.whole import read_whole
@@ -35,6 +36,8 @@ MODELS = (
     "gemma4_experts",
     "gemma4_per_layer",
 )
+SLOW = ("llama_tied", "llama_rope_scaled", "qwen3_tied", "gemma3_multimodal")
+"""What only these have are numbers in the config, or a table less."""
 TOLERANCE = 5e-4
 PAGE_SIZE = 8
 # Pages of the two sequences are interleaved and out of order; page 0 belongs to nobody.
@@ -51,7 +54,7 @@ class Target:
 
     def pools(self) -> Any:
         empty = empty_pools(self.config, num_pages=1 + PAGE_TABLE.size, page_size=PAGE_SIZE, dtype=jnp.float32)
-        return jax.tree.map(lambda array: jnp.full_like(array, 7.0), empty)
+        return put(jax.tree.map(lambda array: jnp.full_like(array, 7.0), empty))
 
     def run(
         self, tokens: np.ndarray, pools: Any, starts: Sequence[int], positions: np.ndarray | None = None, **options: Any
@@ -77,8 +80,15 @@ class Target:
 
         return compiled
 
+    def everything(self) -> dict[str, Any]:
+        """Options under which a pass tells all that it can: one program for the tests of whole passes."""
+        last = self.config.num_layers - 1
+        return {"capture": (last, *range(last)), "unrotated": (last,)}
 
-@pytest.fixture(scope="module", params=MODELS)
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS]
+)
 def target(request: pytest.FixtureRequest, goldens: Path) -> Target:
     checkpoint = checkpoints.load(goldens / request.param)
     decoder = Decoder(checkpoint.config, checkpoint.parameters, dtype=jnp.float32)
@@ -91,19 +101,14 @@ def assert_close(actual: Any, expected: np.ndarray) -> None:
 
 
 def test_one_pass_gives_the_residual_stream_after_every_layer(target: Target) -> None:
-    layers = tuple(range(target.config.num_layers))
-    result, logits = target.run(target.expected["input_ids"], target.pools(), [0, 0], capture=layers)
+    result, logits = target.run(target.expected["input_ids"], target.pools(), [0, 0], **target.everything())
 
-    features = np.split(np.asarray(result.features), len(layers), axis=-1)
-    for feature, expected in zip(features[:-1], target.expected["hidden_states"][1:-1], strict=True):
+    last, *features = np.split(np.asarray(result.features), target.config.num_layers, axis=-1)  # in the order asked for
+    for feature, expected in zip(features, target.expected["hidden_states"][1:-1], strict=True):
         assert_close(feature, expected)
+    np.testing.assert_array_equal(last, result.hidden)
     assert_close(target.decoder.final_norm(result.hidden), target.expected["hidden_states"][-1])
     assert_close(logits, target.expected["logits"])
-
-
-def test_features_come_in_the_order_asked_for(target: Target) -> None:
-    result, _ = target.run(target.expected["input_ids"], target.pools(), [0, 0], capture=(1, 0))
-    assert_close(result.features, np.concatenate(target.expected["hidden_states"][[2, 1]], axis=-1))
 
 
 def test_capturing_changes_no_bit_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +156,8 @@ def test_rejected_rows_need_no_undoing(target: Target) -> None:
 
 
 def test_positions_of_a_pruned_prompt_may_jump(target: Target) -> None:
-    _, logits = target.run(
-        target.expected["input_ids"], target.pools(), [0, 0], positions=target.expected["gap_positions"]
-    )
+    at, options = target.expected["gap_positions"], target.everything()
+    _, logits = target.run(target.expected["input_ids"], target.pools(), [0, 0], positions=at, **options)
     assert_close(logits, target.expected["gap_logits"])
 
 
@@ -167,8 +171,7 @@ def test_early_exit_stops_after_the_layers_asked_for(target: Target) -> None:
 
 
 def test_queries_and_keys_before_rope_of_a_layer_that_runs(target: Target) -> None:
-    last = target.config.num_layers - 1
-    result, _ = target.run(target.expected["input_ids"], target.pools(), [0, 0], unrotated=(last,))
+    result, _ = target.run(target.expected["input_ids"], target.pools(), [0, 0], **target.everything())
     assert_queries_and_keys(result, target)
 
 

@@ -107,6 +107,7 @@ def error(folder: Path, mutate: Mutation) -> float:
     return float(np.abs(np.asarray(found) - logits).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MUTATIONS, ids=" ".join)
 def test_a_mistake_shows(goldens: Path, case: tuple[str, str]) -> None:
     assert error(goldens / case[0], MUTATIONS[case]) > LEAST

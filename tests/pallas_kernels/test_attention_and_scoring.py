@@ -39,6 +39,7 @@ ATTENTION = {
         attention_triton.block_attention, interpret=True, config=attention_triton.Config(32, 64, keys_first=True)
     ),
 }
+IMPLEMENTATIONS = ["reference", "triton", pytest.param("triton, keys first", marks=pytest.mark.slow)]
 SCORING = {
     "reference": one_program(token_scoring.token_scores, implementation="reference"),
     "triton": functools.partial(scoring_triton.token_scores, interpret=True),
@@ -90,7 +91,7 @@ def dense_scores(case: ScoringCase) -> np.ndarray:
     return np.pad(by_row.mean(0), (0, case.pages * case.page_size - int(length)))
 
 
-@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", SMALL_ATTENTION, ids=lambda case: case.name)
 def test_attention_is_a_dense_softmax(case: AttentionCase, implementation: str) -> None:
     positional, keywords = case.arguments()
@@ -207,7 +208,7 @@ def test_a_tree_that_is_a_chain_has_the_bits_of_a_block(implementation: str) -> 
     assert np.array_equal(attend(queries, *rest, chain, **keywords), attend(queries, *rest, **keywords))
 
 
-@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "name", ["tree", "tree, many splits", "tree, window smaller than its depth", "tree in a ring", "compact tree"]
 )

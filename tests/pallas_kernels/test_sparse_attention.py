@@ -212,13 +212,13 @@ def test_everything_kept_is_dense_attention(key_dim: int | None) -> None:
     case = dataclasses.replace(WHOLE, key_dim=key_dim)
     (*arrays, table, starts), keywords = case.arguments()
     means = means_of(case, (112, 205))
-    rule = dataclasses.replace(RULE, alpha=0.0)
     sizes = {name: keywords[name] for name in ("page_size", "scale", "compact")}
-    sparse = api.sparse_attention(*arrays, means, table, starts, jnp.asarray([999, 999]), rule=rule, **sizes)
-    dense = block_attention(*arrays, table, starts, **sizes)
+    attend, lengths = one_program(api.sparse_attention, **sizes), jnp.asarray([999, 999])
+    sparse = attend(*arrays, means, table, starts, lengths, rule=dataclasses.replace(RULE, alpha=0.0))
+    dense = one_program(block_attention, **sizes)(*arrays, table, starts)
     np.testing.assert_allclose(sparse, dense, atol=2e-6)
     strict = dataclasses.replace(RULE, alpha=0.999, sink=0, window=1)
-    few = api.sparse_attention(*arrays, means, table, starts, jnp.asarray([999, 999]), rule=strict, **sizes)
+    few = attend(*arrays, means, table, starts, lengths, rule=strict)
     assert np.abs(np.asarray(few - dense)).max() > 0.1
 
 

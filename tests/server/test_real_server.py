@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +20,6 @@ CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def base_url(default_model: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         sys.executable,
         "-m",
@@ -32,24 +27,20 @@ def base_url(default_model: Path) -> Iterator[str]:
         "serve",
         str(default_model),
         "--port",
-        str(port),
+        "0",
         "--context-length",
         "4096",
         "--pflash=auto",
         "--bsa=on",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except OSError:
-                assert process.poll() is None, process.communicate()[1]
-                assert time.monotonic() < deadline
-                time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}/v1"
+        assert process.stdout is not None
+        greeting = process.stdout.readline()  # comes when the server is ready
+        assert greeting, process.communicate()[1]
+        url = greeting.split()[-1]
+        urllib.request.urlopen(url.removesuffix("/v1") + "/health", timeout=30).close()
+        yield url
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors

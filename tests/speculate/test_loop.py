@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import checkpoints
+from dflash_jax.engine.programs import put
 from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.decoder import Decoder, Place, empty_pools
 from dflash_jax.models.drafter import empty_drafter_pools
@@ -90,7 +91,8 @@ def answer(
     """Token ids and steps of an answer; the host looks every `max_steps` steps."""
     networks = (*nnx.split(target), *nnx.split(drafter))
     sizes = {"num_pages": PAGES + 1, "page_size": PAGE_SIZE, "dtype": F32}
-    pools = Pools(empty_pools(target.config, **sizes), empty_drafter_pools(drafter.config, **sizes) if drafter else ())
+    drafter_pools = empty_drafter_pools(drafter.config, **sizes) if drafter else ()
+    pools = put(Pools(empty_pools(target.config, **sizes), drafter_pools))
     table = jnp.arange(1, PAGES + 1, dtype=jnp.int32)[None]
     length = len(prompt) - 1
 
@@ -106,7 +108,7 @@ def answer(
         anchor=one(int(prompt[-1])),
         number=one(0),
         limit=one(tokens),
-        stop_ids=jnp.asarray([[*stop_ids, -1]], jnp.int32),
+        stop_ids=jnp.asarray([[*stop_ids, -1, -1][:2]], jnp.int32),
         live=jnp.asarray([True]),
     )
     parameters = SamplingParameters(
@@ -116,6 +118,7 @@ def answer(
         min_p=jnp.asarray([options["min_p"]], jnp.float32),
         seed=jnp.asarray([[0, 11]], jnp.uint32),
     )
+    slots, parameters = put((slots, parameters))
     ids: list[int] = []
     steps = 0
     while bool(slots.live[0]):
@@ -199,12 +202,12 @@ def test_same_tokens_in_every_family(goldens: Path, name: str) -> None:
         assert steps == 4
 
 
-@pytest.mark.parametrize("rows", [2, 5, 16])
+@pytest.mark.parametrize("rows", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(16, marks=pytest.mark.slow)])
 def test_plain_steps_give_the_same_tokens_with_any_number_of_rows(target: Decoder, rows: int) -> None:
     assert answer(target, None, 30, rows=rows)[0] == answer(target, None, 30, rows=1)[0]
 
 
-@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("rows", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_short_verify(target: Decoder, rows: int) -> None:
     plain, _ = answer(target, None, 33, rows=1)
     ids, steps = answer(target, ScriptedDrafter(target, script_of(plain)), 33, rows=rows)
@@ -212,7 +215,7 @@ def test_short_verify(target: Decoder, rows: int) -> None:
     assert steps == -(-33 // rows)
 
 
-@pytest.mark.parametrize("rows", [4, 8, 12])
+@pytest.mark.parametrize("rows", [4, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (8, 12))])
 def test_short_blocks_with_a_convolution(target: Decoder, rows: int) -> None:
     drafter = tiny_drafter(config=dataclasses.replace(DRAFTER, convolution_group=16, path_rank=8))
     assert answer(target, drafter, 33, rows=rows)[0] == answer(target, None, 33, rows=1)[0]

@@ -26,7 +26,17 @@ from dflash_jax.speculate.step import Networks, Pools, Slots
 from dflash_jax.speculate.tree import choose_tree
 from tests.speculate.test_loop import GREEDY, PROMPT, SAMPLED, answer
 from tests.speculate.test_sampling import parameters
-from tests.tiny import DRAFTER, F32, PAGE_SIZE, VOCABULARY, ScriptedDrafter, tiny_drafter, tiny_target
+from tests.tiny import (
+    DRAFTER,
+    F32,
+    LONGEST_SCRIPT,
+    PAGE_SIZE,
+    VOCABULARY,
+    ScriptedDrafter,
+    padded,
+    tiny_drafter,
+    tiny_target,
+)
 
 
 def test_nodes_are_the_likeliest_paths_over_the_selectors_scores() -> None:
@@ -75,8 +85,8 @@ class SecondChoice(nnx.Module):
 
     def __init__(self, target: Decoder, script: list[int], period: int, config: Any = DRAFTER) -> None:
         self.config = config
-        positions = np.arange(len(script) + 64)
-        self.script = nnx.Param(jnp.asarray(np.pad(np.asarray(script, np.int32), (0, 64))))
+        positions = np.arange(LONGEST_SCRIPT)
+        self.script = nnx.Param(jnp.asarray(padded(script)))
         self.wrong = nnx.Param(jnp.asarray(np.where(positions % period == 0, 1.0, 0.0), jnp.float32))
         self.embedding = nnx.Param(dense(target.embedding.get_value()))
 
@@ -165,7 +175,12 @@ def test_pools_hold_what_plain_decoding_stores(target: Decoder) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts", [{"path_rank": 8}, {"convolution_group": 16}, {"path_rank": 8, "convolution_group": 8}]
+    "parts",
+    [
+        pytest.param({"path_rank": 8}, marks=pytest.mark.slow),
+        pytest.param({"convolution_group": 16}, marks=pytest.mark.slow),
+        {"path_rank": 8, "convolution_group": 8},
+    ],
 )
 def test_a_drafter_with_more_parts(target: Decoder, parts: dict[str, int]) -> None:
     config = dataclasses.replace(DRAFTER, **parts)
@@ -227,7 +242,7 @@ def test_same_tokens_in_every_family(goldens: Path, name: str) -> None:
         assert steps <= 7  # a chain takes 10
 
 
-@pytest.mark.parametrize("allowed", [5, 7])
+@pytest.mark.parametrize("allowed", [5, pytest.param(7, marks=pytest.mark.slow)])
 def test_fewer_tokens_than_a_row_has_candidates(allowed: int) -> None:
     """Some of a row's candidates are the same token then, which must not become two children of one node."""
     target = tiny_target()

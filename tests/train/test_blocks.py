@@ -31,16 +31,22 @@ def test_blocks_equal_those_of_decoding(windows, causal, group, rows):
     config = dataclasses.replace(DRAFTER, windows=windows, causal=causal, convolution_group=group)
     target, drafter = tiny_target(), tiny_drafter(config=config)
     features = jax.random.normal(jax.random.key(3), (1, LENGTH, 2 * config.hidden_size))
-    anchors = np.asarray([[1, 7, 20, 33]], np.int32)
-    tokens = block_tokens(jnp.asarray([5, 9, 11, 13], jnp.int32), config, rows)
-    together = draft_blocks(drafter, features, target.embed(tokens)[None], jnp.asarray(anchors))[0]
-    for number, anchor in enumerate(anchors[0]):
+    anchors = jnp.asarray([1, 7, 20, 33], jnp.int32)
+    embeddings = target.embed(block_tokens(jnp.asarray([5, 9, 11, 13], jnp.int32), config, rows))
+
+    @jax.jit
+    def decoded(features, embeddings, anchor):
         pools = empty_drafter_pools(config, num_pages=1 + 4, page_size=PAGE_SIZE, dtype=F32)
         table = jnp.arange(1, 5, dtype=jnp.int32)[None]
         places = jnp.arange(LENGTH, dtype=jnp.int32)[None]
         pools = drafter.read(features, pools, Place(table, jnp.zeros(1, jnp.int32), places, PAGE_SIZE))
-        at = Place(table, jnp.asarray([anchor]), anchor + jnp.arange(rows, dtype=jnp.int32)[None], PAGE_SIZE)
-        alone, _ = drafter(target.embed(tokens[number : number + 1]), pools, at)
+        at = Place(table, anchor, anchor[None] + jnp.arange(rows, dtype=jnp.int32)[None], PAGE_SIZE)
+        return drafter(embeddings, pools, at)[0]
+
+    together = jax.jit(lambda *each: draft_blocks(drafter, *each))(features, embeddings[None], anchors[None])[0]
+    for number in range(len(anchors)):
+        one = slice(number, number + 1)
+        alone = decoded(features, embeddings[one], anchors[one])
         np.testing.assert_allclose(together[number], alone[0], atol=2e-5)
 
 

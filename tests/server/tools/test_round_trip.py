@@ -13,6 +13,8 @@ from dflash_jax.server.tools import Family, gemma4, hermes, llama3, plain, qwen3
 from dflash_jax.server.tools.events import Call, Piece
 from tests.server.tools.reading import Said, cut, read
 
+pytestmark = pytest.mark.slow
+
 CALLING = {"gemma4": gemma4, "hermes": hermes, "llama3": llama3, "qwen3": qwen3}
 FAMILIES = {**CALLING, "qwen3_coder": qwen3_coder}
 TAGS = [
