@@ -120,11 +120,17 @@ def test_adding_lowers_for_cuda(case: ExpertSumCase) -> None:
     assert "triton" in lower(functools.partial(total_triton.expert_sum, **keywords), positional)
 
 
-def test_scores_that_are_no_numbers_choose_some_expert_once() -> None:
-    (x, *others), keywords = SMALL_EXPERT_CHOICE[0].arguments()
-    found = CHOOSE["triton"](x.at[0].set(jnp.nan), *others, **keywords)
-    assert sorted(found.chosen[0].tolist()) == sorted(set(found.chosen[0].tolist()))
-    np.testing.assert_array_equal(found.chosen[1:], CHOOSE["triton"](x, *others, **keywords).chosen[1:])
+@pytest.mark.parametrize("broken", ["row", "expert", "infinite expert"])
+def test_scores_that_are_no_numbers_choose_what_the_reference_chooses(broken: str) -> None:
+    case = next(case for case in SMALL_EXPERT_CHOICE if case.rows == 16 and not case.alone)
+    (x, router, *others), keywords = case.arguments()
+    if broken == "row":
+        x = x.at[0].set(jnp.nan)
+    else:
+        router = router.at[5].set(jnp.nan if broken == "expert" else jnp.inf)
+    found, expected = (CHOOSE[name](x, router, *others, **keywords) for name in ("triton", "reference"))
+    np.testing.assert_array_equal(found.chosen, expected.chosen)
+    np.testing.assert_array_equal(jnp.isnan(found.weights), jnp.isnan(expected.weights))
 
 
 @pytest.mark.parametrize(
