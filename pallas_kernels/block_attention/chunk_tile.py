@@ -37,18 +37,12 @@ class Config:
 
     key_block  keys that a warpgroup looks at together
     slots      blocks of keys, and as many of values, that shared memory holds
-    splits     shares of the keys, each a program of its own; None: what fills the card
+    splits     shares of the keys, each a program of its own; None: as many as the kernel's rule says
     """
 
     key_block: int
     slots: int
     splits: int | None = None
-
-
-def config_for(head_dim: int, page_size: int) -> Config:
-    """What was fastest on an H100; heads of 256 leave registers for 64 keys only."""
-    key_block = 64 if head_dim == 256 or page_size % 128 else 128
-    return Config(key_block, slots={64: 2, 128: 3, 256: 2}[head_dim])
 
 
 class Work(NamedTuple):

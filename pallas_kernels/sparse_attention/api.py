@@ -90,8 +90,8 @@ def select_blocks(
     (FlashPrefill normalises masses to a sum of 1, which changes no comparison.) A query block of padding keeps
     nothing. Compact queries and means (block_attention) say with `key_dim` where keys end and values begin.
 
-    Slots do not depend on each other. Raises NotImplementedError when a named implementation cannot take these
-    arguments, ValueError when shapes do not fit.
+    Slots do not depend on each other. `implementation` is reference or triton. Raises NotImplementedError when a named
+    one cannot take these arguments, ValueError when shapes do not fit.
     """
     if means.shape[3] != queries.shape[3] or queries.shape[2] % means.shape[2]:
         raise ValueError(
@@ -123,7 +123,8 @@ def attend_blocks(
 
     Pools, table, starts and the compact form are those of `block_attention`; blocks lie whole in pages. A row whose
     query block has no blocks gives zeros. Slots do not depend on each other, and a row depends on its query block only
-    through the selection. Raises NotImplementedError when a named implementation cannot take these arguments,
+    through the selection. `implementation` is reference, triton or mosaic; None picks mosaic on a Hopper card and
+    triton on other GPUs for what they take. Raises NotImplementedError when a named one cannot take these arguments,
     ValueError when shapes do not fit.
     """
     keys, values = key_pool.shape[2], value_pool.shape[2]

@@ -25,7 +25,6 @@ from pallas_kernels.block_attention.combine import combine
 from pallas_kernels.block_attention.hopper import PROGRAMS
 from pallas_kernels.sparse_attention.selection import Selection, query_block_rows
 
-_MOST_SPLITS = 4
 _AT_EDGE = 2
 """Blocks at the end of a list: as many as a query block's own keys may lie in."""
 _BEHIND_ALL = 1 << 23
@@ -42,6 +41,8 @@ def why_not(key_pool: Any, value_pool: Any, *, block_size: int, compact: bool) -
     head_dim = value_pool.shape[2]
     if head_dim not in HEAD_DIMS or compact:
         return f"takes heads of {HEAD_DIMS}, not compact, got {head_dim}, compact {compact}"
+    if key_pool.shape[2] != head_dim:
+        return f"takes keys as wide as values, got {key_pool.shape[2]} and {head_dim}"
     if block_size != TILE:
         return f"takes blocks of {TILE} rows and keys, got {block_size}"
     return hopper.why_not_pools(key_pool, value_pool)
@@ -50,9 +51,9 @@ def why_not(key_pool: Any, value_pool: Any, *, block_size: int, compact: bool) -
 def splits_of(programs: int, blocks: int) -> int:
     """What one wave of programs has room for: lists are short as a rule, so that a split is to cost nothing else.
 
-    It follows from shapes alone, so that the same row is always split alike.
+    It follows from shapes alone, so that equal chunks are split alike.
     """
-    options = [splits for splits in (1, 2, _MOST_SPLITS) if splits <= max(1, blocks // 2)]
+    options = [splits for splits in (1, 2, 4) if splits <= max(1, blocks // 2)]
     return max(splits for splits in options if splits == 1 or splits * programs <= PROGRAMS)
 
 

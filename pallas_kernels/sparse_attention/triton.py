@@ -47,10 +47,9 @@ _KEYS = 64
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    """How selecting is cut: means of a program that weighs, its warps (None: by size), and masses that a step lists."""
+    """How selecting is cut: means of a program that weighs, and masses that a step lists, at most."""
 
     means: int = 64
-    warps: int | None = None
     listed: int = 1024
 
 
@@ -84,7 +83,7 @@ def select_blocks(
     queries = queries.reshape(slots, blocks, size, heads, width)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padded - size), (0, 0), (0, 0)))
     step_means = step_size(config.means, width, means.dtype)
-    warps = config.warps or (8 if step_means * width >= TILE_NUMBERS else 4)
+    warps = 8 if step_means * width >= TILE_NUMBERS else 4
     means = jnp.pad(means, ((0, 0), (0, -num_blocks % step_means), (0, 0), (0, 0)))
     listed = max(step_means, min(config.listed, pl.next_power_of_2(num_blocks)))
     places = -(-num_blocks // listed) * listed

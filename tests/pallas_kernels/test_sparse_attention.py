@@ -332,6 +332,11 @@ def test_a_hopper_card_runs_mosaic_for_what_it_takes(
     assert ran == [expected]
 
 
+def test_mosaic_refuses_keys_that_are_not_as_wide_as_values() -> None:
+    pools = (jax.ShapeDtypeStruct((256, 1, width), jnp.bfloat16) for width in (64, 128))
+    assert mosaic.why_not(*pools, block_size=128, compact=False) == "takes keys as wide as values, got 64 and 128"
+
+
 def test_the_measure_of_two_lists_is_the_share_that_differs() -> None:
     expected = np.asarray([[[[1.0, 3.0, 4.0, 0.0]]]])
     assert differing_blocks(expected, expected) == 0.0
