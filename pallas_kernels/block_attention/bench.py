@@ -39,7 +39,7 @@ def configs(case: AttentionCase) -> Iterator[triton.Config]:
     lines = _lines(case)
     first = triton.rule(lines, case.head_dim)
     yield first
-    programs = (264, 528) if case.head_dim <= 64 and lines <= triton.CHUNK else (264,)
+    programs = (264, 528, 132) if lines <= triton.CHUNK else (264,)
     options = itertools.product((32, 64, 16, 128), (64, 32, 128), (4, 8), (2, 3, 1), programs, (False, True))
     for tile, key_block, warps, stages, count, keys_first in options:
         config = triton.Config(tile, key_block, warps, stages, count, keys_first)

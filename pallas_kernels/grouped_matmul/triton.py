@@ -31,8 +31,6 @@ from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight, outpu
 MOST_LISTED = 512
 """Choices that every program looks through; more of them are sorted."""
 _TILES = (128, 64, 32)
-_GATED_TILES, _GATED_WARPS = _TILES[1:], 4
-"""Gate and up are two tiles."""
 _ROW_TILE, _WIDE_ROW_TILE = 16, 64
 _WIDE_FROM = 32
 """Rows of a group, in the mean, from which on the tiles of rows are wide."""
@@ -101,11 +99,10 @@ def grouped_matmul(
 
 
 def rule(shape: _Shape) -> Config:
-    """The largest tile that divides the outputs: what was fastest on an H100 for 16 rows that choose 8 to 82 groups."""
-    if shape.activation is not None or shape.row_tile > _ROW_TILE:
-        return Config(next(tile for tile in _GATED_TILES if shape.width % tile == 0), _GATED_WARPS)
-    tile = next(tile for tile in _TILES if shape.width % tile == 0)
-    return Config(tile, dense.warps_of(tile))
+    """What was fastest on an H100 for w4 and 16 rows that choose 8 to 82 groups; gates and many rows need registers."""
+    large = shape.activation is not None or shape.row_tile > _ROW_TILE or shape.group_size is None
+    tile = next(tile for tile in (_TILES[1:] if large else _TILES) if shape.width % tile == 0)
+    return Config(tile, 4 if large else dense.warps_of(tile))
 
 
 def why_not(dtype: Any, weight: Weight, *, groups: int, gated: bool) -> str | None:

@@ -27,7 +27,8 @@ def tune(case: MatmulCase, end: float) -> tuning.Found | None:
     """The key and the fastest config of a case, and its figures."""
     x, weight = random(case)
     block, blocks = triton.blocks_of(weight, case.inputs)
-    functions = {config: functools.partial(triton.matmul, config=config) for config in configs(case.outputs, blocks)}
+    options = dict.fromkeys([triton.rule(weight, case.inputs), *configs(case.outputs, blocks)])
+    functions = {config: functools.partial(triton.matmul, config=config) for config in options}
     found = tuning.fastest(functions, x, [(each,) for each in copies_of(weight, case.bytes, most=8)], end)
     if found is None:
         return None
@@ -52,7 +53,7 @@ def random(case: MatmulCase) -> tuple[jax.Array, Weight]:
 
 
 def configs(outputs: int, blocks: int) -> Iterator[triton.Config]:
-    """Every config worth a try, those of most programs in the first waves first."""
+    """Every config worth a try, those nearest to the rule for w4 first."""
     options = []
     for tile, warps, stages in itertools.product((128, 64, 256, 32), (2, 4, 8, 1), (4, 3, 6)):
         if outputs % tile or (tile <= 32 and warps == 8) or (tile > 64 and warps == 1):

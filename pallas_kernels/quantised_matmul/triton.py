@@ -128,14 +128,18 @@ def key(weight: Weight, inputs: int) -> str:
 
 
 def config_for(weight: Weight, columns: int) -> Config:
-    """That of tuned.json for this device and shape, or one that puts enough programs to work."""
+    """That of tuned.json for this device and shape, or the rule's."""
     block, blocks = blocks_of(weight, columns)
     known = tuned(TUNED, key(weight, blocks * block))
-    if known:
-        return Config(**known)
+    return Config(**known) if known else rule(weight, columns)
+
+
+def rule(weight: Weight, columns: int) -> Config:
+    """One that puts enough programs to work: what was fastest on an H100 for many shapes of w4, and for four of w8."""
+    _, blocks = blocks_of(weight, columns)
     outputs, four = outputs_of(weight), isinstance(weight, W4)
     tile = next(tile for tile in (_TILES if four else _TILES[1:]) if outputs % tile == 0)
-    # As many shares of the inputs as there are programs enough; at least two blocks each.
+    # As many shares of the inputs as there are programs enough; two blocks each, but for the last.
     wanted = max(1, min(-(-(_PROGRAMS_W4 if four else _PROGRAMS) // (outputs // tile)), blocks // 2))
     splits, stages = -(-blocks // -(-blocks // wanted)), 3 if isinstance(weight, W8) else 4
     return Config(tile, splits, warps_of(tile) if four else 4, stages)

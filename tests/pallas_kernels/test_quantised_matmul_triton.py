@@ -129,12 +129,14 @@ def test_a_sweep_tries_configs_that_divide_a_shape_and_writes_where_the_kernel_l
     monkeypatch.setattr(bench, "copies_of", lambda weight, size, most: [weight])
     found = bench.tune(case, float("inf"))
     assert found is not None and max(tried) >= 3
+    weight = case.arguments()[0][1]
+    assert tried[0] == triton.rule(weight, case.inputs).splits
     name, config, row = found
     assert row["tried"] == len(tried)
     file = tmp_path / "tuned.json"
     file.write_text(json.dumps({jax.devices()[0].device_kind: {name: {**vars(config), "stages": 77}}}))
     monkeypatch.setattr(triton, "TUNED", file)
-    assert triton.config_for(case.arguments()[0][1], case.inputs).stages == 77
+    assert triton.config_for(weight, case.inputs).stages == 77
 
 
 @pytest.mark.parametrize("case", [*SMALL_MATMUL, *LARGE_MATMUL[2:4], *LARGE_MATMUL[8:]], ids=lambda case: case.name)
