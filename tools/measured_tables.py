@@ -16,12 +16,13 @@ from dflash_jax.bench.report import BANDWIDTH
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DEVICES = {"cpu": "2 CPU cores", "h100": "H100"}
+SHAPES = {"gemma4-31b": "Gemma 4 31B", "gemma4-26b": "Gemma 4 26B-A4B"}
 
 
 def main() -> None:
     fill(ROOT / "README.md", prefill(), decode(), steps())
     fill(ROOT / "docs" / "training.md", drafting(), by_context(), recipes())
-    fill(ROOT / "docs" / "kernels.md", checks(), wide_heads(), chunks(), matmuls(), whole_steps(), shares())
+    fill(ROOT / "docs" / "kernels.md", checks(), wide_heads(), chunks(), matmuls(), steps(), shares())
 
 
 def fill(file: Path, *tables: list[str]) -> None:
@@ -100,16 +101,17 @@ def by_context() -> list[str]:
 
 def steps() -> list[str]:
     lines = [
-        "| Gemma 4 31B's shape on an H100, random 4-bit weights | step of 16 rows | limit | draft and verify a tree "
+        "| shape, random 4-bit weights, on an H100 | context | step of 16 rows | limit | draft and verify a tree "
         "| tokens/s if 4, 6, 8 are accepted |",
-        "|---|---|---|---|---|",
+        "|---|---|---|---|---|---|",
     ]
-    for row in read("h100-gemma4-31b-step.json")["rows"]:
-        rates = ", ".join(f"{row['tok_s_at_accept_length'][length]:.0f}" for length in ("4", "6", "8"))
-        lines.append(
-            f"| {row['context']:,} tokens of context | {row['step_ms']:.1f} ms | {row['limit_ms']:.1f} ms "
-            f"| {row['block_ms']:.1f} ms | {rates} |"
-        )
+    for file, name in SHAPES.items():
+        for row in read(f"h100-{file}-step.json")["rows"]:
+            rates = ", ".join(f"{row['tok_s_at_accept_length'][length]:.0f}" for length in ("4", "6", "8"))
+            lines.append(
+                f"| {name} | {row['context']:,} tokens | {row['step_ms']:.1f} ms | {row['limit_ms']:.1f} ms "
+                f"| {row['block_ms']:.1f} ms | {rates} |"
+            )
     return lines
 
 
@@ -166,22 +168,6 @@ def matmuls() -> list[str]:
         floor = 1e6 * row["bytes"] / BANDWIDTH["NVIDIA H100 80GB HBM3"]
         share = f"{100 * floor / row['us']:.0f} %"
         lines.append(f"| {row['case']} | {row['measured']} | {row['us']:.1f} µs | {floor:.1f} µs | {share} |")
-    return lines
-
-
-def whole_steps() -> list[str]:
-    lines = [
-        "| whole step, random w4 weights | context | step | limit | block (draft and verify) | tokens/s at τ 4, 6, 8 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for file in sorted(RESULTS.glob("h100-*-step.json")):
-        report = read(file.name)
-        for row in report["rows"]:
-            rates = ", ".join(f"{row['tok_s_at_accept_length'][length]:.0f}" for length in ("4", "6", "8"))
-            lines.append(
-                f"| {report['model'].partition(',')[0]} | {row['context']:,} | {row['step_ms']:.1f} ms "
-                f"| {row['limit_ms']:.1f} ms | {row['block_ms']:.1f} ms | {rates} |"
-            )
     return lines
 
 
