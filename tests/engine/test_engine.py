@@ -72,6 +72,7 @@ class Collector:
             self.ids.extend(event.token_ids)
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_begun_for_the_model(engine: Engine) -> None:
     ends = []
 
@@ -334,7 +335,7 @@ def test_nothing_is_compiled_while_serving(make: Callable[..., Engine]) -> None:
     assert engine.gauges()["compilations"] == before
 
 
-@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("positions", [pytest.param("original", marks=pytest.mark.slow), "compact"])
 def test_pruned_prompt_keeps_its_budget_and_only_grows(make: Callable[..., Engine], positions: Any) -> None:
     engine = make(tiny_model(context_length=1024), pflash="on", keep_ratio=0.25, positions=positions)
     chat = [
@@ -364,6 +365,7 @@ def test_pruned_prompt_keeps_its_budget_and_only_grows(make: Callable[..., Engin
     assert second.stats.pflash.kept_tokens == session.kept[new].sum()
 
 
+@pytest.mark.slow
 def test_keep_ratio_of_one_changes_nothing(make: Callable[..., Engine], engine: Engine) -> None:
     chat = [{"role": "user", "content": LONG}, {"role": "user", "content": "Well?"}]
     pruning = make(tiny_model(), pflash="on", keep_ratio=1.0)

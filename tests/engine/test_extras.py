@@ -88,6 +88,7 @@ def test_greedy_tokens_are_the_argmax_of_what_the_definition_says(plain: Engine,
     assert ids != list(ask(plain).token_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
 @pytest.mark.parametrize("name", ASKED)
 def test_dflash_changes_no_token(plain: Engine, drafting: Engine, name: str, temperature: float) -> None:

@@ -33,6 +33,7 @@ def tree() -> Iterator[Engine]:
     engine.close()
 
 
+@pytest.mark.slow
 def test_conversations_with_rings_and_pruned_positions(plain: Engine, tree: Engine) -> None:
     assert tree._shared.programs.ring is not None
     chat = [{"role": "user", "content": LONG}, said("Done."), QUESTION]

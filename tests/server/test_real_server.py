@@ -15,6 +15,8 @@ import pytest
 
 from dflash_jax.bench.haystack import NEEDLES, conversation
 
+pytestmark = pytest.mark.slow
+
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 

@@ -215,7 +215,8 @@ def test_short_verify(target: Decoder, rows: int) -> None:
     assert steps == -(-33 // rows)
 
 
-@pytest.mark.parametrize("rows", [4, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (8, 12))])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [4, 8, 12])
 def test_short_blocks_with_a_convolution(target: Decoder, rows: int) -> None:
     drafter = tiny_drafter(config=dataclasses.replace(DRAFTER, convolution_group=16, path_rank=8))
     assert answer(target, drafter, 33, rows=rows)[0] == answer(target, None, 33, rows=1)[0]

@@ -108,7 +108,9 @@ def target() -> Decoder:
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("kind", ["random", "oracle", "hostile", "half right", "second choice"])
+@pytest.mark.parametrize(
+    "kind", ["random", "oracle", "hostile", "half right", pytest.param("second choice", marks=pytest.mark.slow)]
+)
 def test_tokens_are_those_of_plain_decoding(target: Decoder, kind: str, options: dict[str, float]) -> None:
     plain, _ = answer(target, None, 60, rows=1, options=options)
     script = PROMPT.tolist() + plain
@@ -242,7 +244,8 @@ def test_same_tokens_in_every_family(goldens: Path, name: str) -> None:
         assert steps <= 7  # a chain takes 10
 
 
-@pytest.mark.parametrize("allowed", [5, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("allowed", [5, 7])
 def test_fewer_tokens_than_a_row_has_candidates(allowed: int) -> None:
     """Some of a row's candidates are the same token then, which must not become two children of one node."""
     target = tiny_target()

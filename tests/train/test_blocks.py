@@ -50,6 +50,7 @@ def test_blocks_equal_those_of_decoding(windows, causal, group, rows):
         np.testing.assert_allclose(together[number], alone[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_convolution_starts_as_one_that_changes_nothing():
     """Whatever the rest has learnt: a drafter that learnt without one drafts the same, to the bit."""
     learnt, features = random_drafter(DRAFTER, 1), jax.random.normal(jax.random.key(3), (1, LENGTH, 96))
