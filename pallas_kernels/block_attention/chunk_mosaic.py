@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention import chunk_tile, hopper
 from pallas_kernels.block_attention.ancestry import Ancestry
-from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Memory, Work
+from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Work
 from pallas_kernels.block_attention.combine import combine
 from pallas_kernels.block_attention.hopper import PROGRAMS
 
@@ -164,14 +164,13 @@ def _kernel(
     ring: bool,
     interpret: bool,
 ) -> None:
-    *out_refs, memory = *refs[: -len(Memory._fields)], Memory(*refs[-len(Memory._fields) :])
+    out_refs, memory = chunk_tile.results_and_memory(refs)
     key_block = config.key_block
     all_rows, pages = query_ref.shape[1], table_ref.shape[1]
 
     def work() -> Work:
         """The split's blocks begin with the first of its own that holds keys which rows of the tile see."""
-        tile, head, place = (jax.lax.axis_index(name) for name in ("tile", "head", "place"))
-        tile, slot, split = tiles - 1 - tile, jax.lax.div(place, splits), jax.lax.rem(place, splits)
+        tile, head, slot, split = chunk_tile.place(tiles, splits)
         first_row = jnp.minimum(tile * tile_rows, all_rows - tile_rows)
         first_token = starts_ref[slot] + first_row
         last_token = first_token + (tile_rows - 1)
@@ -184,16 +183,12 @@ def _kernel(
             end = jnp.minimum(end, pages * (page_size // key_block))
         begin += jax.lax.rem(split + splits - jax.lax.rem(begin, splits), splits)
 
-        def before(block: Array) -> Array:
-            return jax.lax.div(jnp.maximum(block - begin, 0) + (splits - 1), splits)
-
         def token_of(turn: Array) -> Array:
             return (begin + turn * splits) * key_block
 
-        visits = jnp.maximum(before(end), 1)  # what begins with a block has one, even if no row sees it
-        return Work(
-            tile, head, head, slot, split, first_row, first_token, token_of, before(all_from), before(all_to), visits
-        )
+        end, all_from, all_to = (hopper.visits_before(block, begin, splits) for block in (end, all_from, all_to))
+        visits = jnp.maximum(end, 1)  # what begins with a block has one, even if no row sees it
+        return Work(tile, head, head, slot, split, first_row, first_token, token_of, all_from, all_to, visits)
 
     chunk_tile.attend(
         work,

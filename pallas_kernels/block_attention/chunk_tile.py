@@ -129,6 +129,18 @@ def launch(
     return run(queries.astype(jnp.bfloat16), *others)
 
 
+def results_and_memory(refs: Sequence[Any]) -> tuple[Sequence[Any], Memory]:
+    """What a kernel gets behind its arguments."""
+    size = len(Memory._fields)
+    return refs[:-size], Memory(*refs[-size:])
+
+
+def place(tiles: int, splits: int) -> tuple[Array, Array, Array, Array]:
+    """Tile, head, slot and split of a program. The last tiles come first: they have most to read."""
+    tile, head, place = (jax.lax.axis_index(name) for name in ("tile", "head", "place"))
+    return tiles - 1 - tile, head, jax.lax.div(place, splits), jax.lax.rem(place, splits)
+
+
 def attend(
     work: Callable[[], Work],
     query_ref: Any,

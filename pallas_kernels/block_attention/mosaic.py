@@ -212,7 +212,7 @@ def _kernel(
         end = jnp.minimum(jax.lax.div(start + first_row + (rows - 1), KEY_BLOCK) + 1, blocks)
     else:
         end = tree_block = jnp.minimum(jax.lax.div(start, KEY_BLOCK), blocks)
-    visits = shared = jax.lax.div(jnp.maximum(end - split, 0) + (splits - 1), splits)
+    visits = shared = hopper.visits_before(end, split, splits)
     if paths is not None:
         counts_ref, seen_ref, path_keys_ref, path_values_ref = paths
         count = counts_ref[slot, tile]

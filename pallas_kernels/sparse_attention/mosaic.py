@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention import chunk_tile, hopper
-from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Memory, Work
+from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Work
 from pallas_kernels.block_attention.combine import combine
 from pallas_kernels.block_attention.hopper import PROGRAMS
 from pallas_kernels.sparse_attention.selection import Selection, query_block_rows
@@ -127,12 +127,11 @@ def _kernel(
     scale: float,
     interpret: bool,
 ) -> None:
-    *out_refs, memory = *refs[: -len(Memory._fields)], Memory(*refs[-len(Memory._fields) :])
+    out_refs, memory = chunk_tile.results_and_memory(refs)
     parts = TILE // config.key_block
 
     def work() -> Work:
-        tile, head, place = (jax.lax.axis_index(name) for name in ("tile", "head", "place"))
-        tile, slot, split = tiles - 1 - tile, jax.lax.div(place, splits), jax.lax.rem(place, splits)
+        tile, head, slot, split = chunk_tile.place(tiles, splits)
         first_row = tile * TILE
         listed = counts_ref[slot, tile, head] * parts
 
@@ -141,9 +140,6 @@ def _kernel(
             block = indices_ref[slot, tile, head, jax.lax.div(number, parts)]
             block = jnp.where(number < listed, block, _BEHIND_ALL)
             return block * TILE + jax.lax.rem(number, parts) * config.key_block
-
-        def before(number: Array) -> Array:
-            return jax.lax.div(jnp.maximum(number - split, 0) + (splits - 1), splits)
 
         return Work(
             tile=tile,
@@ -155,8 +151,9 @@ def _kernel(
             first_token=starts_ref[slot] + first_row,
             token_of=token_of,
             all_from=jnp.int32(0),
-            all_to=before(listed - _AT_EDGE * parts),
-            visits=jnp.maximum(before(listed), 1),  # where nothing is listed, a block is read that no row sees
+            all_to=hopper.visits_before(listed - _AT_EDGE * parts, split, splits),
+            # Where nothing is listed, a block is read that no row sees.
+            visits=jnp.maximum(hopper.visits_before(listed, split, splits), 1),
         )
 
     chunk_tile.attend(

@@ -83,7 +83,6 @@ def select_blocks(
     queries = queries.reshape(slots, blocks, size, heads, width)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padded - size), (0, 0), (0, 0)))
     step_means = step_size(config.means, width, means.dtype)
-    warps = 8 if step_means * width >= TILE_NUMBERS else 4
     means = jnp.pad(means, ((0, 0), (0, -num_blocks % step_means), (0, 0), (0, 0)))
     listed = max(step_means, min(config.listed, pl.next_power_of_2(num_blocks)))
     places = -(-num_blocks // listed) * listed
@@ -114,7 +113,7 @@ def select_blocks(
             lambda step, place, head: (place // blocks, place % blocks, head, step),
         ),
         out_shape=jax.ShapeDtypeStruct((slots, blocks, heads, places), jnp.float32),
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=_warps_of(step_means, width), num_stages=2),
         interpret=interpret,
         name="sparse_attention_weigh",
     )(*query_parts, *mean_parts, starts, lengths)
@@ -192,7 +191,7 @@ def attend_blocks(
         in_specs=[*[of_tile(part.shape[4]) for part in parts], *[whole] * 6],
         out_specs=of_tile(head_dim),
         out_shape=jax.ShapeDtypeStruct((slots, blocks, heads, padded, head_dim), queries.dtype),
-        compiler_params=plt.CompilerParams(num_warps=8 if tile * head_dim >= TILE_NUMBERS else 4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=_warps_of(tile, head_dim), num_stages=2),
         interpret=interpret,
         name="sparse_attention_attend",
     )(*parts, key_pool, value_pool, page_table, starts, selection.indices, selection.counts)
@@ -203,6 +202,10 @@ def _tiles(size: int, width: int) -> tuple[int, int]:
     """Rows of a tile of a query block, and rows of the whole block in full tiles."""
     tile = min(max(LEAST_TILE, pl.next_power_of_2(size)), max(LEAST_TILE, TILE_NUMBERS // width))
     return tile, -(-size // tile) * tile
+
+
+def _warps_of(lines: int, width: int) -> int:
+    return 8 if lines * width >= TILE_NUMBERS else 4
 
 
 class _Seen(NamedTuple):
