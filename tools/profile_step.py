@@ -1,6 +1,7 @@
 """What a decoding step spends its time on, kernel by kernel: the shares that docs/kernels.md shows.
 
     python tools/profile_step.py --json bench/results/h100-smollm2-profile.json
+    python tools/profile_step.py --shape gemma4-31b --context 4096      # random weights
 
 Records a few visits of plain steps and of blocks with JAX's profiler and adds up the device's events by name; XLA's
 names are shortened to what they begin with. On a CPU it shows what the host's threads do, to try it out.
@@ -14,15 +15,18 @@ import re
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from dflash_jax.bench.report import environment
+from dflash_jax.bench.shapes import TARGETS, random_programs
 from dflash_jax.engine.engine import Engine
 from dflash_jax.engine.loading import load_model
-from dflash_jax.engine.programs import new_slots, sampling_parameters
+from dflash_jax.engine.programs import Programs, new_slots, sampling_parameters
 from dflash_jax.speculate.pace import PLAIN
 
 VISITS = 4
@@ -32,32 +36,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--drafter", type=Path)
+    parser.add_argument("--shape", choices=TARGETS, help="of a big model on random weights, instead of --model")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    engine = Engine(load_model(arguments.model, drafter=arguments.drafter), dflash="on", pflash="off")
-    engine.warm_up()
     report: dict[str, Any] = {**environment(), "command": " ".join(["python", *sys.argv]), "kinds": []}
-    for rows in (PLAIN, *engine._shared.programs.block_rows):
-        kind = profile(engine, rows, arguments.context)
-        report["kinds"].append(kind)
-        show(kind)
-    engine.close()
+    with programs_of(arguments) as programs:
+        for rows in (PLAIN, *programs.block_rows):
+            kind = profile(programs, rows, arguments.context)
+            report["kinds"].append(kind)
+            show(kind)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def profile(engine: Engine, rows: int, context: int) -> dict[str, Any]:
-    """Events of a few visits, per step."""
-    programs = engine._shared.programs
-    tables = programs.whole_tables()
+@contextmanager
+def programs_of(arguments: argparse.Namespace) -> Iterator[Programs]:
+    """What an engine runs for a model, or for a shape on random weights."""
+    if arguments.shape:
+        yield random_programs(arguments.shape, arguments.context)[0]
+        return
+    engine = Engine(load_model(arguments.model, drafter=arguments.drafter), dflash="on", pflash="off")
+    engine.warm_up()
+    yield engine._shared.programs
+    engine.close()
+
+
+def profile(programs: Programs, rows: int, context: int) -> dict[str, Any]:
+    """Events of a few visits, per step; the first visit compiles and is not among them."""
+    visit_once(programs, rows, context)
     steps = 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(VISITS):
-                slots = new_slots(tables, length=context, position=context, anchor=5, limit=1 << 20, stop_ids=())
-                visit, _ = programs.decode(slots, sampling_parameters(temperature=0.0), rows, max_steps=16)
-                steps += int(visit.steps)
+                steps += visit_once(programs, rows, context)
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
         planes = list(data.planes)
@@ -89,6 +101,14 @@ def profile(engine: Engine, rows: int, context: int) -> dict[str, Any]:
             for name in rows_of[:40]
         ],
     }
+
+
+def visit_once(programs: Programs, rows: int, context: int) -> int:
+    """Steps of one visit."""
+    tables = programs.whole_tables()
+    slots = new_slots(tables, length=context, position=context, anchor=5, limit=1 << 20, stop_ids=())
+    visit, _ = programs.decode(slots, sampling_parameters(temperature=0.0), rows, max_steps=16)
+    return int(visit.steps)
 
 
 def show(kind: dict[str, Any]) -> None:

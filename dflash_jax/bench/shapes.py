@@ -109,37 +109,44 @@ def run(
     The rows of a block are a `tree` of so many or, with 0, a chain; None is what an engine does.
     """
     enable_persistent_cache()
-    config = from_hf(TARGETS[shape])
-    profile = profile_for_device().with_tree(tree)
     with progress_bar() as progress:
         progress("random weights", 0, 0)
-        target = Decoder(config, _parameters(target_parameters(config), "w4"), dtype=profile.dtype)
-        drafter_config = _drafter_config(shape, config)
-        drafter = Drafter(drafter_config, _parameters(drafter_parameters(drafter_config), "w4"), dtype=profile.dtype)
-        pages = -(-(max(contexts) + _STEPS * profile.block_rows[-1] * 8) // profile.page_size)
-        ring = profile.ring(config, pages)
-        programs = Programs(
-            target,
-            drafter,
-            None,
-            early_exit(config),
-            profile=profile,
-            num_pages=pages + 1,
-            pages_per_sequence=pages,
-            ring=ring,
-            num_ring_pages=ring.width + 1 if ring else 1,
-        )
-        sizes = (weight_bytes(target) - _expert_bytes(config), weight_bytes(drafter))
-        del target, drafter
+        programs, sizes = random_programs(shape, max(contexts), tree=tree)
         rows = []
         for context in contexts:
             progress(f"context {context}", len(rows), len(contexts))
-            rows.append(_row(programs, config, context, sizes))
+            rows.append(_row(programs, from_hf(TARGETS[shape]), context, sizes))
     model = f"{shape} and drafter, random w4 weights"
-    report = {**environment(), "model": model, "tree": profile.tree_rows, "rows": rows}
+    report = {**environment(), "model": model, "tree": programs.profile.tree_rows, "rows": rows}
     _print(report)
     write(json_file, report)
     return report
+
+
+def random_programs(shape: str, longest: int, *, tree: int | None = None) -> tuple[Programs, tuple[int, int]]:
+    """Programs of a shape's target and drafter for contexts up to `longest` tokens, and the bytes of what each reads.
+
+    Experts are not among these bytes.
+    """
+    config = from_hf(TARGETS[shape])
+    profile = profile_for_device().with_tree(tree)
+    target = Decoder(config, _parameters(target_parameters(config), "w4"), dtype=profile.dtype)
+    drafter_config = _drafter_config(shape, config)
+    drafter = Drafter(drafter_config, _parameters(drafter_parameters(drafter_config), "w4"), dtype=profile.dtype)
+    pages = -(-(longest + _STEPS * profile.block_rows[-1] * 8) // profile.page_size)
+    ring = profile.ring(config, pages)
+    programs = Programs(
+        target,
+        drafter,
+        None,
+        early_exit(config),
+        profile=profile,
+        num_pages=pages + 1,
+        pages_per_sequence=pages,
+        ring=ring,
+        num_ring_pages=ring.width + 1 if ring else 1,
+    )
+    return programs, (weight_bytes(target) - _expert_bytes(config), weight_bytes(drafter))
 
 
 def _row(programs: Programs, config: ModelConfig, context: int, sizes: tuple[int, int]) -> dict[str, Any]:
