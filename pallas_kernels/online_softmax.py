@@ -36,7 +36,7 @@ def no_sums(lines: int, width: int, *, keys_axis: int = 1) -> Sums:
 def add_keys(
     sums: Sums,
     scores: Float[Array, "_lines _keys"],
-    seen: Bool[Array, "_lines _keys"],
+    seen: Bool[Array, "_lines _keys"] | None,
     value: Float[Array, "keys D"],
     *,
     keys_axis: int = 1,
@@ -45,7 +45,9 @@ def add_keys(
     highest, total, mixed = sums
     scores = jnp.where(seen, scores, LOWEST)
     new_highest = jnp.maximum(highest, jnp.max(scores, axis=keys_axis, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(scores - new_highest), 0.0)
+    weights = jnp.exp(scores - new_highest)
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0.0)
     keep = jnp.exp(highest - new_highest)
     narrow, precision = weights.astype(value.dtype), precision_of(value)
     if keys_axis:

@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from pallas_kernels import tuning
 from pallas_kernels.block_attention import triton
+from pallas_kernels.block_attention.ancestry import STEP_ROWS
 from pallas_kernels.cases.attention import LARGE_ATTENTION, AttentionCase
 from pallas_kernels.timing import copies_of
 
 
-def sweep(end: float, file: Path = triton.TUNED) -> Iterator[tuple[AttentionCase, dict[str, Any]]]:
-    """Tunes one large case of each kind of shape, the first one that there is."""
-    cases = {_key(case): case for case in reversed(LARGE_ATTENTION)}
-    return tuning.sweep(list(cases.values()), tune, end, file)
+def sweep(end: float, file: Path = triton.TUNED) -> Iterator[tuple[Group, dict[str, Any]]]:
+    """Tunes each kind of shape by all of its large cases."""
+    groups: dict[str, list[AttentionCase]] = {}
+    for case in LARGE_ATTENTION:
+        groups.setdefault(_key(case), []).append(case)
+    return tuning.sweep([Group(key, tuple(cases)) for key, cases in groups.items()], tune, end, file)
 
 
-def tune(case: AttentionCase, end: float) -> tuning.Found | None:
-    """The key and the fastest config of a case, and its figures."""
-    (queries, *rest), keywords = case.arguments()
-    functions = {
-        config: functools.partial(triton.block_attention, **keywords, config=config) for config in configs(case)
-    }
-    found = tuning.fastest(functions, queries, copies_of(rest, case.bytes, most=4), end)
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Cases of one kind of shape, steps and trees: they have one config, or their bits would not be equal."""
+
+    name: str
+    cases: tuple[AttentionCase, ...]
+
+
+def tune(group: Group, end: float) -> tuning.Found | None:
+    """The key and the config with which all cases together take least, and its figures."""
+    made = [case.arguments() for case in group.cases]
+    first = made[0][0][0]
+
+    def together(config: triton.Config, first: jax.Array, *arguments: tuple[Any, ...]) -> jax.Array:
+        queries = [first, *(each[0] for each in arguments[1:])]
+        results = [
+            triton.block_attention(query, *rest, **keywords, config=config)
+            for query, (_, *rest), (_, keywords) in zip(queries, arguments, made, strict=True)
+        ]
+        return sum((jnp.mean(result) for result in results), jnp.zeros((), jnp.float32))
+
+    functions = {config: functools.partial(together, config) for config in configs(group.cases[0])}
+    size = sum(case.bytes for case in group.cases)
+    found = tuning.fastest(functions, first, copies_of([positional for positional, _ in made], size, most=4), end)
     if found is None:
         return None
     config, row = found
-    row = {"case": case.name, **row, "bytes": case.bytes, "config": vars(config)}
-    return _key(case), config, row
+    names = [case.name for case in group.cases]
+    return group.name, config, {"case": group.name, "cases": names, **row, "bytes": size, "config": vars(config)}
 
 
 def configs(case: AttentionCase) -> Iterator[triton.Config]:
@@ -54,4 +78,5 @@ def _key(case: AttentionCase) -> str:
 
 
 def _lines(case: AttentionCase) -> int:
-    return case.rows * case.heads // case.kv_heads
+    """Of a KV head; a tree is cut as a plain step is."""
+    return (STEP_ROWS if case.tree else case.rows) * case.heads // case.kv_heads

@@ -2,18 +2,20 @@
 
 One program works on one slot, one KV head, one tile of query rows and one share of the keys; the heads that share the
 KV head stand below each other in the tile (row r of head g is line `r * group + g`), so that K and V are read once for
-all of them. Blocks of keys lie at fixed absolute positions and are dealt out in turn: of S splits, split s takes blocks
-s, s + S, s + 2 S ... that its rows can see, with an online softmax in f32. So all programs are busy whatever the length
-of the context, and a row's sums do not depend on how far its neighbours reach. Neighbouring rows are masked, never
-mixed in: a row's bits do not depend on them. combine.py puts the splits together, always in the same order. Being
-jitted by itself, the kernel is lowered once for all layers of a shape.
+all of them. Blocks of keys lie at fixed absolute positions. The last block that a row sees has a split of its own;
+those before it are dealt out in turn: of S other splits, split s takes blocks s, s + S, s + 2 S ... that its rows can
+see, with an online softmax in f32. So all programs are busy whatever the length of the context, and a row's sums do not
+depend on how far its neighbours reach. Neighbouring rows are masked, never mixed in: a row's bits do not depend on
+them. combine.py puts the splits together, always in the same order. Being jitted by itself, the kernel is lowered once
+for all layers of a shape.
 
     grid (slots * splits, kv_heads, tiles)   q tile [lines, D] stays in registers
       for each block of the split            K block [BLOCK, D] -> scores -> running maximum and sum -> V block
 
 Rows of a tree have their ancestors at other places than a chain has its rows, and sums over other places have other
-bits. So the splits that own blocks where the tree is stored (two, as a rule) have a program per row instead of one per
-tile, which reads the row's ancestors in the order of a chain.
+bits. So the blocks where the tree is stored are visited once for each path (paths.py) of the tile's rows: its keys are
+gathered in the order of a chain, and lines of rows that another path takes are masked. It is the last split that does
+so (and, if the tree lies in two blocks, the one that owns the first of them), beside the others' reading of the text.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +34,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
+from pallas_kernels.block_attention.paths import paths_of
 from pallas_kernels.online_softmax import LEAST_TILE, Sums, add_keys, no_sums, precision_of
-from pallas_kernels.paged import pool_row, why_not
+from pallas_kernels.paged import pool_rows, why_not
 from pallas_kernels.tuning import tuned
 
 TUNED = Path(__file__).with_name("tuned.json")
@@ -120,7 +124,7 @@ def block_attention(
     programs = batch * kv_heads * -(-alike * group // tile)
     splits = splits_for(config.programs // programs, page_table.shape[1] * page_size // key_block)
     kernel = functools.partial(
-        _kernel if tree is None else _tree_kernel,
+        _kernel,
         rows=rows,
         group=group,
         tile=tile,
@@ -143,15 +147,15 @@ def block_attention(
     mixed_spec = pl.BlockSpec(
         (None, None, None, tile, head_dim), lambda place, head, t: (place % splits, place // splits, head, t, 0)
     )
-    grid, nodes = (batch * splits, kv_heads, tiles), ()
+    of_tree = ()
     if tree is not None:
-        by_row = min(splits, -(-(rows - 1) // key_block) + 1) * rows * -(-group // tile)
-        grid, nodes = (batch, kv_heads, splits * tiles + by_row), (tree.depths, tree.sees)
+        of_tree = _by_path(tree, starts, page_table, tile, group, key_block, page_size, ring=ring)
+        kernel = _taking_paths(kernel)
     mixed, highest, total = pl.pallas_call(
         kernel,
-        grid=grid,
-        in_specs=[whole] * (5 + len(nodes)),
-        out_specs=[mixed_spec, sums_spec, sums_spec] if tree is None else [whole] * 3,
+        grid=(batch * splits, kv_heads, tiles),
+        in_specs=[whole] * (5 + len(of_tree)),
+        out_specs=[mixed_spec, sums_spec, sums_spec],
         out_shape=[
             jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -160,12 +164,53 @@ def block_attention(
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="block_attention",
-    )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts, *nodes)
+    )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts, *of_tree)
     if splits > 1:
         return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
     mixed = mixed[0] / jnp.where(total == 0.0, 1.0, total)[0][..., None]
     mixed = mixed[:, :, : rows * group].reshape(batch, kv_heads, rows, group, head_dim)
     return mixed.transpose(0, 2, 1, 3, 4).reshape(batch, rows, heads, head_dim).astype(queries.dtype)
+
+
+class _TreeRefs(NamedTuple):
+    """What a tree brings: paths (paths.py) of each of `tiles`, one for all where tiles cut rows into pieces."""
+
+    depths: Any
+    last_blocks: Any
+    """[slots]: the block where the deepest row's keys end."""
+    counts: Any
+    last_seen: Any
+    pool_rows: Any
+    """[slots, tiles, paths, keys]: where the keys of the tree's blocks are, in the order of a chain."""
+
+
+def _by_path(
+    tree: Ancestry,
+    starts: Int[Array, " B"],
+    page_table: Int[Array, "B P"],
+    tile: int,
+    group: int,
+    key_block: int,
+    page_size: int,
+    *,
+    ring: bool,
+) -> tuple[Array, ...]:
+    """The arrays of `_TreeRefs`. They are the same for all layers of a step: XLA makes them once."""
+    rows = tree.depths.shape[1]
+    paths = paths_of(tree, starts, rows if tile % group else min(rows, tile // group))
+    keys = (-(-(rows - 1) // key_block) + 1) * key_block
+    token = (starts // key_block * key_block)[:, None] + jnp.arange(keys, dtype=jnp.int32)[None]
+    stored = tree.stored(starts, token)  # [B, T, keys]
+    of_paths = jnp.take_along_axis(stored, paths.ends.reshape(len(starts), -1, 1), axis=1)
+    at = pool_rows(of_paths.reshape(len(starts), -1), page_table, page_size, ring=ring)
+    last_blocks = (starts + jnp.max(tree.depths, axis=1)) // key_block
+    return tree.depths, last_blocks, paths.counts, paths.last_seen, at.reshape(*paths.ends.shape, keys)
+
+
+def _taking_paths(kernel: Callable[..., None]) -> Callable[..., None]:
+    """The kernel with what a tree brings, which stands behind the other arguments."""
+    count = len(_TreeRefs._fields)
+    return lambda *refs: kernel(*refs[:5], *refs[5 + count :], tree=_TreeRefs(*refs[5 : 5 + count]))
 
 
 def _kernel(
@@ -191,6 +236,7 @@ def _kernel(
     ring: bool,
     compact: bool,
     keys_axis: int,
+    tree: _TreeRefs | None = None,
 ) -> None:
     place, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
@@ -201,42 +247,93 @@ def _kernel(
     key_dim = key_ref.shape[2]
     query = _lines(query_ref, slot, of_line, 0, key_dim)
     value_query = _lines(query_ref, slot, of_line, key_dim, value_ref.shape[2]) if compact else None
-    token = start + jnp.expand_dims(row, keys_axis)  # [tile, 1], or [1, tile] with the keys first
-    last_token = start + jnp.minimum((index * tile + tile - 1) // group, rows - 1)
-    first_token = start + index * tile // group
-    last_seen = token if causal else jnp.full_like(token, start + rows - 1)
-    end = (last_token if causal else start + rows - 1) // key_block + 1
-    end = end if ring else jnp.minimum(end, num_pages * (page_size // key_block))
-    first_seen = jnp.int32(0) if window is None else jnp.maximum(first_token - (window - 1), 0)
-    begin, visits = _dealt(jax.lax.div(first_seen, key_block), end, split, splits)
+    shares = splits - 1
+    in_share = split < shares
 
-    load = functools.partial(_load_block, key_ref, value_ref, table_ref, slot, head, key_block, page_size, ring)
+    def block_of(token: Array) -> Array:
+        return jax.lax.div(token, key_block)
 
-    highest, total, mixed = _over_keys(
-        (query, value_query),
-        load,
-        (begin, visits, splits),
-        token=token,
-        last_seen=last_seen,
-        key_block=key_block,
-        scale=scale,
-        window=window,
-        keys_axis=keys_axis,
-    )
+    def dealt(first: Array, share_end: Array, last_from: Array, end: Array) -> tuple[Array, Array, Array | int]:
+        """The program's first block, how many it visits, and the step from one to the next.
+
+        It is one of those that share the blocks `first..share_end`, or takes `last_from..end`, or all of them.
+        """
+        if not shares:
+            return first, end - first, 1
+        begin = first + jax.lax.rem(split + shares - jax.lax.rem(first, shares), shares)
+        visits = jax.lax.div(jnp.maximum(share_end - begin, 0) + shares - 1, shares)
+        begin, visits = (jnp.where(in_share, *pair) for pair in ((begin, last_from), (visits, end - last_from)))
+        return begin, visits, 1 + in_share.astype(jnp.int32) * (shares - 1)
+
+    def add(sums: Sums, block: tuple[Array, Array], seen: Array | None) -> Sums:
+        """The sums with a block of keys and values, which all lines see if nothing else is said."""
+        scores = _meet(query, block[0], keys_axis)  # [tile, key_block], or the keys first
+        if value_query is not None:
+            scores += _meet(value_query, block[1], keys_axis)
+        return add_keys(sums, scores * scale, seen, block[1], keys_axis=keys_axis)
+
+    def seen_from(place: Array, token: Array, last_seen: Array) -> Array:
+        """Which keys of the block that begins at a token count for lines that stand at and see these tokens."""
+        last_block = block_of(last_seen) * key_block
+        seen_to = jnp.where(in_share, last_block - 1, last_seen) if shares else last_seen
+        key_token = place + jnp.expand_dims(jnp.arange(key_block, dtype=jnp.int32), 1 - keys_axis)
+        seen = key_token <= jnp.expand_dims(seen_to, keys_axis)
+        if shares:
+            seen &= key_token >= jnp.expand_dims(jnp.where(in_share, 0, last_block), keys_axis)
+        if window is not None:
+            seen &= jnp.expand_dims(token, keys_axis) - key_token < window
+        return seen
+
+    start_block, last_row = block_of(start), start + rows - 1
+    if tree is None:
+        token = start + row
+        last_seen = token if causal else jnp.full_like(token, last_row)
+        first_token = start + jax.lax.div(index * tile, group)
+        last_token = start + jnp.minimum(jax.lax.div(index * tile + (tile - 1), group), rows - 1)
+        lowest, highest = (block_of(each) for each in ((first_token, last_token) if causal else (last_row, last_row)))
+        if not ring:
+            highest = jnp.minimum(highest, num_pages * (page_size // key_block) - 1)
+        spans = (highest, lowest, highest + 1)
+    else:
+        token = last_seen = start + plt.load(tree.depths.at[jnp.full_like(row, slot), row])
+        first_token = start
+        spans = (start_block, start_block, start_block)
+    first_block = jnp.int32(0) if window is None else block_of(jnp.maximum(first_token - (window - 1), 0))
+    begin, visits, step = dealt(first_block, *spans)
+
+    def visit(masked: bool, turn: Array, sums: Sums) -> Sums:
+        place = (begin + turn * step) * key_block
+        block = _load_block(key_ref, value_ref, table_ref, slot, head, key_block, page_size, ring, place)
+        return add(sums, block, seen_from(place, token, last_seen) if masked else None)
+
+    sums, done = no_sums(tile, value_ref.shape[2], keys_axis=keys_axis), 0
+    if window is None:  # before the first of the lines' last blocks all lines see all keys
+        clear = jnp.minimum(spans[1], spans[2])
+        done = dealt(first_block, jnp.minimum(spans[0], clear), clear, clear)[1]
+        sums = jax.lax.fori_loop(0, done, functools.partial(visit, False), sums)
+    sums = jax.lax.fori_loop(done, visits, functools.partial(visit, True), sums)
+    if tree is not None:
+        of_tile = (slot, index if tree.counts.shape[1] > 1 else 0)
+        last_block = tree.last_blocks[slot]
+        tree_begin, of_path, tree_step = dealt(start_block, last_block, start_block, last_block + 1)
+        path_row = row - (index * (tile // group) if tree.counts.shape[1] > 1 else 0)
+
+        def visit_path(turn: Array, sums: Sums) -> Sums:
+            path = jax.lax.div(turn, of_path)
+            number = tree_begin + jax.lax.rem(turn, of_path) * tree_step
+            keys = (number - start_block) * key_block + jnp.arange(key_block, dtype=jnp.int32)
+            at = plt.load(tree.pool_rows.at[(*(jnp.full_like(keys, each) for each in (*of_tile, path)), keys)])
+            last_seen = plt.load(
+                tree.last_seen.at[(*(jnp.full_like(path_row, each) for each in (*of_tile, path)), path_row)]
+            )
+            block = (_gathered(key_ref, at, head), _gathered(value_ref, at, head))
+            return add(sums, block, seen_from(number * key_block, last_seen, last_seen))
+
+        sums = jax.lax.fori_loop(0, tree.counts[of_tile] * of_path, visit_path, sums)
+    highest, total, mixed = sums
     mixed_ref[...] = mixed if keys_axis else mixed.T
     highest_ref[...] = highest.reshape(tile)
     total_ref[...] = total.reshape(tile)
-
-
-def _from_block(number, split, splits: int):
-    """The split's first block from this one on."""
-    return number + jax.lax.rem(split + splits - jax.lax.rem(number, splits), splits)
-
-
-def _dealt(first, end, split, splits: int):
-    """Of the blocks `first..end`, the split's first one, and how many it has: it takes every `splits`-th."""
-    begin = _from_block(first, split, splits)
-    return begin, jax.lax.div(jnp.maximum(end - begin, 0) + splits - 1, splits)
 
 
 def _load_block(
@@ -249,6 +346,13 @@ def _load_block(
     return plt.load(key_ref.at[at, head, :]), plt.load(value_ref.at[at, head, :])
 
 
+def _gathered(pool_ref, at: Array, head: Array) -> Array:
+    """Some rows of a pool."""
+    shape = (at.shape[0], pool_ref.shape[2])
+    column = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape)
+    return plt.load(pool_ref.at[jnp.broadcast_to(at[:, None], shape), jnp.broadcast_to(head, shape), column])
+
+
 def _lines(query_ref, slot, of_line, first: int, width: int):
     """Numbers `first..` of the queries of some rows and heads; loads take slices only or arrays only."""
     shape = (of_line[0].shape[0], width)
@@ -257,151 +361,7 @@ def _lines(query_ref, slot, of_line, first: int, width: int):
     return plt.load(query_ref.at[jnp.broadcast_to(slot, shape), row, head, column])
 
 
-def _over_keys(
-    queries: tuple[Array, Array | None],
-    load: Callable[[Array], tuple[Array, Array]],
-    blocks: tuple[Array, Array, int],
-    *,
-    token: Array,
-    last_seen: Array,
-    key_block: int,
-    scale: float,
-    window: int | None,
-    keys_axis: int,
-) -> Sums:
-    """The sums of lines at these tokens over blocks of keys: first number, how many, step.
-
-    `queries` meet keys and, in the compact form, values; `load` gives both for the block that begins at a token.
-    """
-    query, value_query = queries
-    begin, visits, step = blocks
-    precision = precision_of(query)
-    tile, width = query.shape[0], query.shape[1] if value_query is None else value_query.shape[1]
-
-    def meet(lines, keys):
-        first, second = (lines, keys) if keys_axis else (keys, lines)
-        return plt.dot(first, second, trans_b=True, precision=precision)
-
-    def visit(turn, state):
-        place = (begin + turn * step) * key_block
-        key, value = load(place)
-        scores = meet(query, key)  # [tile, key_block], or the keys first
-        if value_query is not None:
-            scores += meet(value_query, value)
-        scores = scores * scale
-        key_token = place + jnp.expand_dims(jnp.arange(key_block, dtype=jnp.int32), 1 - keys_axis)
-        seen = key_token <= last_seen
-        if window is not None:
-            seen &= token - key_token < window
-        return add_keys(state, scores, seen, value, keys_axis=keys_axis)
-
-    return jax.lax.fori_loop(0, visits, visit, no_sums(tile, width, keys_axis=keys_axis))
-
-
-def _tree_kernel(
-    query_ref,
-    key_ref,
-    value_ref,
-    table_ref,
-    starts_ref,
-    depths_ref,
-    sees_ref,
-    mixed_ref,
-    highest_ref,
-    total_ref,
-    *,
-    rows: int,
-    group: int,
-    tile: int,
-    splits: int,
-    key_block: int,
-    page_size: int,
-    num_pages: int,
-    scale: float,
-    window: int | None,
-    causal: bool,
-    ring: bool,
-    compact: bool,
-    keys_axis: int,
-) -> None:
-    """As `_kernel`, for rows of a tree; those are causal."""
-    slot, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    start, tiles, parts = starts_ref[slot], -(-rows * group // tile), -(-group // tile)
-    key_dim, width = key_ref.shape[2], value_ref.shape[2]
-    first_seen = jnp.int32(0) if window is None else jnp.maximum(start - (window - 1), 0)
-    first_block = jax.lax.div(first_seen, key_block)
-    tree_block, last_block = jax.lax.div(start, key_block), jax.lax.div(start + rows - 1, key_block)
-
-    def attend(split, row, of_group, depth, end, load, line, valid):
-        """Stores the sums of lines (their rows, and heads of the group) over the split's blocks up to `end`."""
-        of_line = (row, head * group + of_group)
-        query = _lines(query_ref, slot, of_line, 0, key_dim)
-        value_query = _lines(query_ref, slot, of_line, key_dim, width) if compact else None
-        token = start + jnp.expand_dims(depth, keys_axis)
-        begin, visits = _dealt(first_block, end, split, splits)
-        highest, total, mixed = _over_keys(
-            (query, value_query),
-            load,
-            (begin, visits, splits),
-            token=token,
-            last_seen=token,
-            key_block=key_block,
-            scale=scale,
-            window=window,
-            keys_axis=keys_axis,
-        )
-        where = [jnp.full_like(line, each) for each in (split, slot, head)]
-        for ref, values in ((highest_ref, highest), (total_ref, total)):
-            plt.store(ref.at[(*where, line)], values.reshape(tile), mask=valid)
-        shape = (tile, width)
-        where = [jnp.broadcast_to(each[:, None], shape) for each in (*where, line)]
-        column = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], shape)
-        mask = jnp.broadcast_to(valid[:, None], shape)
-        plt.store(mixed_ref.at[(*where, column)], mixed if keys_axis else mixed.T, mask=mask)
-
-    split = jax.lax.div(index, tiles)
-
-    @pl.when((split < splits) & (_from_block(tree_block, split, splits) > last_block))
-    def _() -> None:
-        """A tile of lines, in a split that has keys before the tree only."""
-        line = jax.lax.rem(index, tiles) * tile + jnp.arange(tile, dtype=jnp.int32)
-        inside = jnp.minimum(line, rows * group - 1)
-        row = jax.lax.div(inside, group)
-        depth = plt.load(depths_ref.at[jnp.full_like(row, slot), row])
-
-        load = functools.partial(_load_block, key_ref, value_ref, table_ref, slot, head, key_block, page_size, ring)
-
-        attend(split, row, jax.lax.rem(inside, group), depth, tree_block, load, line, line < rows * group)
-
-    rest = index - splits * tiles
-    block = tree_block + jax.lax.div(rest, rows * parts)
-
-    @pl.when((rest >= 0) & (block <= last_block))
-    def _() -> None:
-        """One row's lines, in the split that owns this block of the tree."""
-        node, part = jax.lax.div(jax.lax.rem(rest, rows * parts), parts), jax.lax.rem(rest, parts)
-        number = part * tile + jnp.arange(tile, dtype=jnp.int32)
-        of_group, row = jnp.minimum(number, group - 1), jnp.full_like(number, node)
-        depth = plt.load(depths_ref.at[jnp.full_like(row, slot), row])
-        others = jnp.arange(pl.next_power_of_2(rows), dtype=jnp.int32)
-        seen = jax.lax.shift_right_logical(jnp.full_like(others, sees_ref[slot, node].astype(jnp.int32)), others) & 1
-        inside = jnp.minimum(others, rows - 1)
-        depths = jnp.where(seen == 1, plt.load(depths_ref.at[jnp.full_like(inside, slot), inside]), -1)
-
-        def load(place):
-            token = place + jnp.arange(key_block, dtype=jnp.int32)
-            ancestor = depths[None, :] == (token - start)[:, None]
-            stored = start + jnp.sum(jnp.where(ancestor, others[None, :], 0), axis=1)
-            stored = jnp.where(token < start, token, stored)
-            at = pool_row(table_ref, jnp.full_like(stored, slot), stored, page_size, ring)
-
-            def gathered(ref):
-                shape = (key_block, ref.shape[2])
-                column = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape)
-                return plt.load(ref.at[jnp.broadcast_to(at[:, None], shape), jnp.full(shape, head), column])
-
-            return gathered(key_ref), gathered(value_ref)
-
-        end = jax.lax.div(start + depths_ref[slot, node], key_block) + 1
-        line = node * group + number
-        attend(jax.lax.rem(block, splits), row, of_group, depth, end, load, line, number < group)
+def _meet(lines: Array, keys: Array, keys_axis: int) -> Array:
+    """Scores of lines and keys, before they are scaled."""
+    first, second = (lines, keys) if keys_axis else (keys, lines)
+    return plt.dot(first, second, trans_b=True, precision=precision_of(lines))

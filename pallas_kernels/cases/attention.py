@@ -314,6 +314,23 @@ LARGE_ATTENTION = (
         "Gemma 4 31B global step, compact, 128K", (131_000,), 16, 32, 4, 512, 128, 1024, dtype="bfloat16", key_dim=128
     ),
     AttentionCase("SmolLM2 tree, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16", tree=True),
+    *(
+        AttentionCase(
+            f"Gemma 4 {size} local tree in a ring, 128K",
+            (130_960,),
+            16,
+            2 * kv_heads,
+            kv_heads,
+            256,
+            128,
+            17,
+            dtype="bfloat16",
+            window=1024,
+            ring=True,
+            tree=True,
+        )
+        for size, kv_heads in (("31B", 16), ("26B-A4B", 8))
+    ),
     AttentionCase("Qwen3-8B tree of 32 rows, 32K", (32_000,), 32, 32, 8, 128, 128, 256, dtype="bfloat16", tree=True),
     AttentionCase("Qwen3-0.6B chunk, 128K", (129_024,), 1024, 16, 8, 128, 128, 1024, dtype="bfloat16"),
     AttentionCase("Gemma 4 31B local chunk, 8K", (7168,), 1024, 32, 16, 256, 128, 64, dtype="bfloat16", window=1024),

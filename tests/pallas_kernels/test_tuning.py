@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.block_attention import bench, triton
+from pallas_kernels.block_attention.ancestry import STEP_ROWS
 from pallas_kernels.cases.attention import LARGE_ATTENTION, AttentionCase
 
 X, SETS = jnp.ones((256, 256)), [(jnp.ones((256, 256)),)]
@@ -69,17 +70,19 @@ def test_a_card_of_the_same_chip_takes_what_it_has_no_sweep_of(tmp_path: Path, m
 @pytest.mark.parametrize("case", LARGE_ATTENTION, ids=lambda case: case.name)
 def test_attention_tries_its_rule_first_and_nothing_twice(case: AttentionCase) -> None:
     configs = list(bench.configs(case))
-    assert configs[0] == triton.rule(case.rows * case.heads // case.kv_heads, case.head_dim)
+    rows = STEP_ROWS if case.tree else case.rows
+    assert configs[0] == triton.rule(rows * case.heads // case.kv_heads, case.head_dim)
     assert len(set(configs)) == len(configs) > 10
     assert all(config.key_block <= case.page_size for config in configs)
 
 
 def test_attention_has_a_config_for_every_kind_of_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = triton.Config(16, 64, keys_first=True)
-    monkeypatch.setattr(bench, "tune", lambda case, end: (bench._key(case), config, {"case": case.name}))
+    monkeypatch.setattr(bench, "tune", lambda group, end: (group.name, config, {"case": group.name}))
     file = tmp_path / "tuned.json"
-    names = [case.name for case, _ in bench.sweep(time.perf_counter() + 60, file)]
-    assert "Gemma 4 31B global step, compact, 32K" in names
+    groups = {group.name: group.cases for group, _ in bench.sweep(time.perf_counter() + 60, file)}
+    assert {case.name for cases in groups.values() for case in cases} == {case.name for case in LARGE_ATTENTION}
+    assert {case.tree for case in groups["step, heads of 256"]} == {True, False}
     monkeypatch.setattr(triton, "TUNED", file)
     assert triton.config_for(128, 128, 512) == config
     assert triton.config_for(128, 16, 32) == triton.rule(128, 32)
