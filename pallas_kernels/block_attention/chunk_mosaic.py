@@ -1,12 +1,15 @@
 """Block attention for chunks of a prompt as a Pallas Mosaic GPU kernel, for heads of 64 to 256 on Hopper cards.
 
+It also takes the few rows of a drafter's layer without a window, which are not causal: all see the same keys.
+
 A program takes 128 lines of one slot and KV head and reads all keys that they see, or a split's share of them where
 such programs are too few for the card (chunk_tile.py has what it does).
 
     grid (tiles from the last rows on, kv_heads, slots * splits)
 
 A line is a row of one head; a tile has the same rows of all heads of the group, one head behind the other. Where rows
-do not divide into tiles, the last tile begins earlier: its first rows are computed twice, with the same bits.
+do not divide into tiles, the last tile begins earlier: its first rows are computed twice, with the same bits. Lines
+that belong to no row hold whatever was in memory, and nobody reads what comes of them.
 """
 
 from __future__ import annotations
@@ -21,11 +24,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.block_attention import chunk_tile, hopper
 from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Work
-from pallas_kernels.block_attention.combine import combine
+from pallas_kernels.block_attention.combine import combine, splits_for
 from pallas_kernels.block_attention.hopper import PROGRAMS
 
 LEAST_ROWS = 128
-"""Of a chunk; steps and trees have fewer rows and other kernels, so that plain steps and blocks have the same bits."""
+"""Of a chunk; steps and trees have fewer rows and other kernels, so that plain steps and blocks have the same bits.
+
+Rows that are not causal are a drafter's: no plain step has them, and a draft may have any bits.
+"""
 _COST_OF_SPLIT = 0.04
 """Beside a wave of programs: sums that are written, read and put together."""
 ROWS = 8
@@ -44,19 +50,20 @@ def why_not(
     tree: bool,
 ) -> str | None:
     """What the kernel cannot take about these arguments, as the end of a sentence; None when it can."""
-    del window  # any, and none
     rows, heads, head_dim = queries.shape[1:]
     group = heads // key_pool.shape[1]
     if head_dim not in HEAD_DIMS or compact:
         return f"takes heads of {HEAD_DIMS}, not compact, got {head_dim}, compact {compact}"
     if reason := hopper.why_not_pools(key_pool, value_pool):
         return reason
-    if not causal or tree:
-        return f"takes causal rows that form no tree, got causal {causal}, tree {tree}"
+    if tree or not (causal or window is None):
+        given = f"causal {causal}, window {window}, tree {tree}"
+        return f"takes causal rows that form no tree, and others without a window, got {given}"
     if page_size % 64:
         return f"takes pages of a multiple of 64 tokens, got {page_size}"
-    if rows < LEAST_ROWS or rows % ROWS:
-        return f"takes a multiple of {ROWS} rows from {LEAST_ROWS} on, got {rows}"
+    least = LEAST_ROWS if causal else ROWS
+    if rows < least or rows % ROWS:
+        return f"takes a multiple of {ROWS} rows from {least} on, got {rows}"
     if group * ROWS > TILE:
         return f"takes groups of {TILE // ROWS} heads at most, got {group}"
     return None
@@ -68,11 +75,14 @@ def config_for(head_dim: int, page_size: int) -> Config:
     return Config(key_block, slots={64: 2, 128: 3, 256: 2}[head_dim])
 
 
-def splits_of(programs: int, blocks: int) -> int:
+def splits_of(programs: int, blocks: int, *, causal: bool = True) -> int:
     """What takes least: programs run in waves of one for each multiprocessor, and a half-empty wave takes as long.
 
-    It follows from shapes alone, so that equal chunks are split alike.
+    Rows that are not causal are few and wait for their keys: they have as many splits as one wave has room for. It
+    follows from shapes alone, so that equal chunks are split alike.
     """
+    if not causal:
+        return splits_for(PROGRAMS // programs, blocks)
     options = [splits for splits in (1, 2, 4) if splits <= max(1, blocks // 2)]
     return min(options, key=lambda splits: -(-programs * splits // PROGRAMS) / splits + _COST_OF_SPLIT * splits)
 
@@ -108,7 +118,7 @@ def block_attention(
     tile_rows = min(TILE // group, rows) // ROWS * ROWS
     tiles = -(-rows // tile_rows)
     blocks = page_table.shape[1] * page_size // config.key_block
-    splits = config.splits or splits_of(batch * kv_heads * tiles, blocks)
+    splits = config.splits or splits_of(batch * kv_heads * tiles, blocks, causal=causal)
     kernel = functools.partial(
         _kernel,
         config=config,
@@ -119,6 +129,7 @@ def block_attention(
         page_size=page_size,
         scale=scale,
         window=window,
+        causal=causal,
         ring=ring,
         interpret=interpret,
     )
@@ -161,6 +172,7 @@ def _kernel(
     page_size: int,
     scale: float,
     window: int | None,
+    causal: bool,
     ring: bool,
     interpret: bool,
 ) -> None:
@@ -172,13 +184,14 @@ def _kernel(
         """The split's blocks begin with the first of its own that holds keys which rows of the tile see."""
         tile, head, slot, split = chunk_tile.place(tiles, splits)
         first_row = jnp.minimum(tile * tile_rows, all_rows - tile_rows)
-        first_token = starts_ref[slot] + first_row
-        last_token = first_token + (tile_rows - 1)
-        begin, end = jnp.int32(0), jax.lax.div(last_token, key_block) + 1
-        all_from, all_to = begin, jax.lax.div(first_token + 1, key_block)
+        # The last keys that the tile's first and last row see: causal rows their own.
+        of_first = starts_ref[slot] + (first_row if causal else all_rows - 1)
+        of_last = of_first + (tile_rows - 1) if causal else of_first
+        begin, end = jnp.int32(0), jax.lax.div(of_last, key_block) + 1
+        all_from, all_to = begin, jax.lax.div(of_first + 1, key_block)
         if window is not None:
-            begin = jax.lax.div(jnp.maximum(first_token - (window - 1), 0), key_block)
-            all_from = jax.lax.div(jnp.maximum(last_token - (window - 1), 0) + (key_block - 1), key_block)
+            begin = jax.lax.div(jnp.maximum(of_first - (window - 1), 0), key_block)
+            all_from = jax.lax.div(jnp.maximum(of_last - (window - 1), 0) + (key_block - 1), key_block)
         if not ring:
             end = jnp.minimum(end, pages * (page_size // key_block))
         begin += jax.lax.rem(split + splits - jax.lax.rem(begin, splits), splits)
@@ -188,7 +201,7 @@ def _kernel(
 
         end, all_from, all_to = (hopper.visits_before(block, begin, splits) for block in (end, all_from, all_to))
         visits = jnp.maximum(end, 1)  # what begins with a block has one, even if no row sees it
-        return Work(tile, head, head, slot, split, first_row, first_token, token_of, all_from, all_to, visits)
+        return Work(tile, head, head, slot, split, first_row, of_first, token_of, all_from, all_to, visits)
 
     chunk_tile.attend(
         work,
@@ -205,6 +218,7 @@ def _kernel(
         page_size=page_size,
         scale=scale,
         window=window,
+        causal=causal,
         ring=ring,
         interpret=interpret,
     )

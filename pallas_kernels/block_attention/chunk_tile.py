@@ -48,9 +48,10 @@ class Config:
 class Work(NamedTuple):
     """What a program does.
 
-    Lines are rows from `first_row` on, of which the first has token index `first_token`, of the heads that `head` has,
-    one head behind the other. They read `visits` blocks of keys (one at least); in those numbered `all_from` to
-    `all_to` every row sees every key. `token_of` has the token index of a visit's first key.
+    Lines are rows from `first_row` on, of which the first sees keys up to token index `last_seen` (causal rows: its
+    own), of the heads that `head` has, one head behind the other. They read `visits` blocks of keys (one at least); in
+    those numbered `all_from` to `all_to` every row sees every key. `token_of` has the token index of a visit's first
+    key.
     """
 
     tile: Array
@@ -59,7 +60,7 @@ class Work(NamedTuple):
     slot: Array
     split: Array
     first_row: Array
-    first_token: Array
+    last_seen: Array
     token_of: Callable[[Array], Array]
     all_from: Array
     all_to: Array
@@ -158,10 +159,12 @@ def attend(
     scale: float,
     interpret: bool,
     window: int | None = None,
+    causal: bool = True,
     ring: bool = False,
 ) -> None:
     """The body of a kernel, for all three warpgroups.
 
+    Causal rows see one key more than the row before, others (which have no window) the same keys as the first.
     Each branch asks for `work` itself, or what only the copies need would stand in registers of the others.
     """
     queries, keys, values, queries_here, keys_here, values_here, keys_done, values_done, turn_of, mixed_here = memory
@@ -191,7 +194,10 @@ def attend(
             """The new maximum and sum, the factor of what came before, and the block's weights."""
             if masked:
                 line = warpgroup * LINES + iota(0)
-                ahead = mine.first_token - mine.token_of(turn) + jax.lax.rem(line, jnp.int32(tile_rows)) - iota(1)
+                ahead = mine.last_seen - mine.token_of(turn)
+                if causal:
+                    ahead += jax.lax.rem(line, jnp.int32(tile_rows))
+                ahead -= iota(1)
                 seen = ahead >= 0
                 if window is not None:
                     seen &= ahead < window

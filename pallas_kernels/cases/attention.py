@@ -276,6 +276,11 @@ SMALL_ATTENTION = (
     AttentionCase(
         "chunk, wide window in a ring", (649,), 128, 2, 1, 64, 128, 4, dtype="bfloat16", window=200, ring=True
     ),
+    # Rows that see alike: lines of a tile that are no rows, splits that have no key to see, a last tile that overlaps.
+    AttentionCase("drafter", (130, 3), 16, 16, 2, 128, 64, 12, dtype="bfloat16", causal=False),
+    AttentionCase("drafter, groups of 4", (0, 111), 16, 8, 2, 128, 128, 1, dtype="bfloat16", causal=False),
+    AttentionCase("drafter, heads of 64 in groups of 3", (250,), 8, 3, 1, 64, 128, 4, dtype="bfloat16", causal=False),
+    AttentionCase("drafter, two tiles", (103,), 24, 8, 1, 128, 64, 3, dtype="bfloat16", causal=False),
     AttentionCase("tree", (21, 5), 16, 6, 2, 32, 16, 4, tree=True),
     AttentionCase("tree, many splits", (150, 27), 16, 4, 2, 32, 16, 16, tree=True),
     AttentionCase("tree of 32 rows", (70,), 32, 4, 2, 32, 16, 12, tree=True),
@@ -332,6 +337,9 @@ LARGE_ATTENTION = (
         for size, kv_heads in (("31B", 16), ("26B-A4B", 8))
     ),
     AttentionCase("Qwen3-8B tree of 32 rows, 32K", (32_000,), 32, 32, 8, 128, 128, 256, dtype="bfloat16", tree=True),
+    AttentionCase("SmolLM2 drafter, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16", causal=False),
+    AttentionCase("Gemma 4 31B drafter, 4K of 32K", (4_000,), 16, 64, 8, 128, 128, 256, dtype="bfloat16", causal=False),
+    AttentionCase("Gemma 4 31B drafter, 128K", (131_000,), 16, 64, 8, 128, 128, 1024, dtype="bfloat16", causal=False),
     AttentionCase("Qwen3-0.6B chunk, 128K", (129_024,), 1024, 16, 8, 128, 128, 1024, dtype="bfloat16"),
     AttentionCase("Gemma 4 31B local chunk, 8K", (7168,), 1024, 32, 16, 256, 128, 64, dtype="bfloat16", window=1024),
     AttentionCase(

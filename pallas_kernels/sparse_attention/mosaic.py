@@ -148,7 +148,7 @@ def _kernel(
             slot=slot,
             split=split,
             first_row=first_row,
-            first_token=starts_ref[slot] + first_row,
+            last_seen=starts_ref[slot] + first_row,
             token_of=token_of,
             all_from=jnp.int32(0),
             all_to=hopper.visits_before(listed - _AT_EDGE * parts, split, splits),

@@ -120,6 +120,13 @@ def test_mosaic_is_a_dense_softmax(name: str) -> None:
         ("chunk, heads of 256, window", chunk_mosaic.Config(64, 2, splits=8)),
         ("chunk, wide window in a ring", None),
         ("chunk, wide window in a ring", chunk_mosaic.Config(64, 3, splits=1)),
+        ("drafter", None),
+        ("drafter", chunk_mosaic.Config(64, 2, splits=1)),
+        ("drafter, groups of 4", None),
+        ("drafter, groups of 4", chunk_mosaic.Config(64, 2, splits=4)),
+        ("drafter, heads of 64 in groups of 3", None),
+        ("drafter, two tiles", None),
+        ("drafter, two tiles", chunk_mosaic.Config(64, 2, splits=2)),
     ],
 )
 def test_chunks_on_mosaic_are_a_dense_softmax(name: str, config: chunk_mosaic.Config | None) -> None:
@@ -163,6 +170,13 @@ def test_blocks_of_a_chunk_lie_in_pages_and_fit_shared_memory(head_dim: int, pag
 )
 def test_chunks_are_split_where_they_do_not_fill_the_card(programs: int, blocks: int, splits: int) -> None:
     assert chunk_mosaic.splits_of(programs, blocks) == splits
+
+
+@pytest.mark.parametrize(
+    ("programs", "blocks", "splits"), [(8, 1024, 16), (16, 1024, 8), (3, 64, 32), (8, 5, 2), (1, 1, 1), (264, 1024, 1)]
+)
+def test_rows_that_see_alike_are_split_until_they_fill_the_card(programs: int, blocks: int, splits: int) -> None:
+    assert chunk_mosaic.splits_of(programs, blocks, causal=False) == splits
 
 
 @NEEDS_INTERPRETER
@@ -351,7 +365,7 @@ def test_attention_lowers_for_cuda(case: AttentionCase) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "least"), [("mosaic", attention_mosaic, 10), ("chunk_mosaic", chunk_mosaic, 7)]
+    ("name", "module", "least"), [("mosaic", attention_mosaic, 10), ("chunk_mosaic", chunk_mosaic, 14)]
 )
 def test_mosaic_lowers_for_cuda(name: str, module: Any, least: int) -> None:
     cases = [case for case in [*SMALL_ATTENTION, *LARGE_ATTENTION] if name in OPERATIONS[0].kernels(case)]
@@ -364,7 +378,8 @@ def test_mosaic_lowers_for_cuda(name: str, module: Any, least: int) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"causal": False},
+        {"causal": False, "window": 8},
+        {"causal": False, "rows": 12},
         {"dtype": "float32"},
         {"heads": 17},
         {"rows": 64},
@@ -381,22 +396,25 @@ def test_what_the_kernel_for_chunks_does_not_take_is_named(change: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "key_dim", "rows", "tree", "expected"),
+    ("change", "expected"),
     [
-        (128, None, 16, False, "triton"),
-        (128, None, 32, True, "triton"),
-        (128, None, 64, False, "triton"),
-        (128, None, 128, False, "chunk_mosaic"),
-        (32, None, 128, False, "triton"),
-        (512, 128, 16, False, "mosaic"),
-        (512, 128, 128, False, "mosaic"),
+        ({"rows": 16}, "triton"),
+        ({"rows": 32, "tree": True}, "triton"),
+        ({"rows": 64}, "triton"),
+        ({"rows": 128}, "chunk_mosaic"),
+        ({"rows": 128, "head_dim": 32}, "triton"),
+        ({"rows": 16, "head_dim": 512, "key_dim": 128}, "mosaic"),
+        ({"rows": 128, "head_dim": 512, "key_dim": 128}, "mosaic"),
+        ({"rows": 16, "causal": False}, "chunk_mosaic"),
+        ({"rows": 16, "causal": False, "window": 8}, "triton"),
+        ({"rows": 12, "causal": False}, "triton"),
     ],
 )
-def test_only_chunks_run_on_the_kernel_for_chunks(
-    head_dim: int, key_dim: int | None, rows: int, tree: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_chunks_and_rows_that_see_alike_run_on_the_kernel_for_chunks(
+    change: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps, blocks and trees have one kernel each: their bits are to be equal."""
-    case = AttentionCase("", (70,), rows, 8, 1, head_dim, 64, 6, dtype="bfloat16", key_dim=key_dim, tree=tree)
+    case = dataclasses.replace(AttentionCase("", (70,), 0, 8, 1, 128, 64, 6, dtype="bfloat16"), **change)
     ran = []
 
     class Recorder:
