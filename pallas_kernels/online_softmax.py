@@ -41,9 +41,10 @@ def add_keys(
     *,
     keys_axis: int = 1,
 ) -> Sums:
-    """The sums with a block of keys, of which each line takes those that it has `seen`."""
+    """The sums with a block of keys, of which each line takes those that it has `seen`, or all."""
     highest, total, mixed = sums
-    scores = jnp.where(seen, scores, LOWEST)
+    if seen is not None:
+        scores = jnp.where(seen, scores, LOWEST)
     new_highest = jnp.maximum(highest, jnp.max(scores, axis=keys_axis, keepdims=True))
     weights = jnp.exp(scores - new_highest)
     if seen is not None:
