@@ -3,11 +3,12 @@
 The sums of 64 lines over 512 values do not fit the registers of Triton's programs, which take 32 lines at a time and
 multiply with the small instruction. Here a program takes 64 lines with the large one, and two warpgroups share them:
 both compute all scores (64 x 64 at a time, from shared memory), each mixes its half of the values into sums that stay
-in its registers. A third warpgroup copies keys and values to shared memory ahead of them.
+in its registers. They issue products in turns, so that one multiplies while the other takes exponentials. A third
+warpgroup copies keys and values to shared memory ahead of them.
 
     grid (slots * splits, kv_heads, tiles of 64 lines)
       warpgroup 0, 1   scores of a block of 64 keys -> running maximum and sum -> values 0..255, values 256..511
-      warpgroup 2      copies: keys [64, K] (two slots), halves of the values [64, 256] (three slots)
+      warpgroup 2      copies: keys [64, K] (one slot), halves of the values [64, 256] (four slots)
 
 Splits, masks and results are those of triton.py; combine.py puts the splits together.
 
@@ -19,6 +20,7 @@ order of a chain, and lines of rows that another path takes are masked.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, cast
 
 import jax
@@ -38,11 +40,9 @@ from pallas_kernels.paged import pool_rows
 
 KEY_BLOCK = 64
 HEAD_DIM, _HALF = 512, 256
-_KEY_SLOTS, _VALUE_SLOTS = 2, 3
+_KEY_SLOTS, _VALUE_SLOTS = 1, 4
 _TREE_BLOCKS = 2
 """Blocks of keys that the rows of a tree may lie in."""
-_ALL_SEEN = KEY_BLOCK * 0x01010101
-"""A row sees all keys of a block: a byte for each of four rows."""
 
 
 def why_not(
@@ -136,6 +136,7 @@ def block_attention(
             plgpu.Barrier(num_barriers=_VALUE_SLOTS),
             plgpu.Barrier(num_arrivals=2, num_barriers=_KEY_SLOTS),
             plgpu.Barrier(num_arrivals=2, num_barriers=_VALUE_SLOTS),
+            plgpu.Barrier(num_barriers=2),
         ],
         **hopper.how(interpret=interpret),
     )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts, *of_tree)
@@ -192,6 +193,7 @@ def _kernel(
     values_here,
     keys_done,
     values_done,
+    turn_of,
     *,
     group: int,
     splits: int,
@@ -210,9 +212,11 @@ def _kernel(
     all_rows, key_dim = query_ref.shape[1], key_ref.shape[2]
     if paths is None:
         end = jnp.minimum(jax.lax.div(start + first_row + (rows - 1), KEY_BLOCK) + 1, blocks)
+        clear = jnp.minimum(jax.lax.div(start + first_row + 1, KEY_BLOCK), end)  # all rows see all of these blocks
     else:
-        end = tree_block = jnp.minimum(jax.lax.div(start, KEY_BLOCK), blocks)
+        end = clear = tree_block = jnp.minimum(jax.lax.div(start, KEY_BLOCK), blocks)
     visits = shared = hopper.visits_before(end, split, splits)
+    all_seen = hopper.visits_before(clear, split, splits)
     if paths is not None:
         counts_ref, seen_ref, path_keys_ref, path_values_ref = paths
         count = counts_ref[slot, tile]
@@ -230,10 +234,9 @@ def _kernel(
         return jnp.where(again, behind - count, behind), (again | ~owns[0]).astype(jnp.int32)
 
     def keys_seen(turn: Array) -> list[Array]:
-        """How many keys of a turn's block each row sees, a byte for each."""
-        path, number = of_path(jnp.maximum(turn, shared))
-        words = [seen_ref[slot, tile, path, number, word] for word in range(seen_ref.shape[4])]
-        return [jnp.where(turn < shared, _ALL_SEEN, word) for word in words]
+        """How many keys of the block of a turn behind the shared ones each row sees, a byte for each."""
+        path, number = of_path(turn)
+        return [seen_ref[slot, tile, path, number, word] for word in range(seen_ref.shape[4])]
 
     @pl.when(warpgroup < 2)
     def _compute() -> None:
@@ -245,49 +248,60 @@ def _kernel(
         def row_of_line() -> Array:
             return jax.lax.shift_right_logical(iota(0), jnp.int32(group.bit_length() - 1))
 
+        def wait_for_turn() -> None:
+            plgpu.barrier_wait(turn_of.at[warpgroup])
+
+        def pass_turn() -> None:
+            plgpu.barrier_arrive(turn_of.at[1 - warpgroup])
+
+        factor = scale * math.log2(math.e)
+        pl.when(warpgroup == 1)(pass_turn)
         plgpu.barrier_wait(queries_here)
 
-        def visit(turn: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def visit(masked: bool, turn: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             highest, total, mixed = sums
-            block, of_rows = split + turn * splits, None if paths is None else keys_seen(turn)
             key_slot = jax.lax.rem(turn, _KEY_SLOTS)
             halves = [jax.lax.rem(2 * turn + half, _VALUE_SLOTS) for half in range(2)]
 
             def score(scores_ref):
-                plgpu.barrier_wait(keys_here.at[key_slot])
-                plgpu.wgmma(scores_ref, queries.at[:, pl.ds(0, key_dim)], keys.at[key_slot].T)
+                wait_for_turn()
                 for half in range(2):
                     plgpu.barrier_wait(values_here.at[halves[half]])
                     columns = pl.ds(key_dim + half * _HALF, _HALF)
                     plgpu.wgmma(scores_ref, queries.at[:, columns], values.at[halves[half]].T)
+                plgpu.barrier_wait(keys_here.at[key_slot])
+                plgpu.wgmma(scores_ref, queries.at[:, pl.ds(0, key_dim)], keys.at[key_slot].T)
+                pass_turn()
                 return scores_ref[...]
 
-            scores = pl.run_scoped(score, ACC((LINES, KEY_BLOCK), jnp.float32)) * scale
+            scores = pl.run_scoped(score, ACC((LINES, KEY_BLOCK), jnp.float32))
             plgpu.barrier_arrive(keys_done.at[key_slot])
-
             other = jax.lax.rem(2 * turn + (1 - warpgroup), _VALUE_SLOTS)
             plgpu.barrier_arrive(values_done.at[other])
 
-            if of_rows is None:
+            if masked and paths is None:
                 token = start + first_row + row_of_line()
-                seen = block * KEY_BLOCK + iota(1) <= token
-            else:
-                seen = iota(1) < _byte_of(of_rows, row_of_line())
-            scores = jnp.where(seen, scores, LOWEST)
-            new_highest = jnp.maximum(highest, scores.max(axis=1))
-            weights = jnp.exp(scores - jax.lax.broadcast_in_dim(new_highest, scores.shape, [0]))
-            weights = jnp.where(seen, weights, 0.0)
-            keep = jnp.exp(highest - new_highest)
+                seen = (split + turn * splits) * KEY_BLOCK + iota(1) <= token
+                scores = jnp.where(seen, scores, -jnp.inf)
+            elif masked:
+                seen = iota(1) < _byte_of(keys_seen(turn), row_of_line())
+                scores = jnp.where(seen, scores, -jnp.inf)
+            new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
+            weights = jnp.exp2(scores * factor - jax.lax.broadcast_in_dim(new_highest, scores.shape, [0]))
+            keep = jnp.exp2(highest - new_highest)
             total = total * keep + weights.sum(axis=1)
             mixed = mixed * jax.lax.broadcast_in_dim(keep, mixed.shape, [0])
             narrow = weights.astype(jnp.bfloat16)
             mine = jax.lax.rem(2 * turn + warpgroup, _VALUE_SLOTS)
+            wait_for_turn()
             if interpret:
                 mixed = mixed + jnp.dot(narrow.astype(jnp.float32), values[mine].astype(jnp.float32))
+                pass_turn()
             else:
 
                 def mix(mixed_ref):
                     plgpu.wgmma(mixed_ref, narrow, values.at[mine])
+                    pass_turn()
 
                 mixed = cast("Array", pl.run_state(mix)(ACC.init(mixed)))
             plgpu.barrier_arrive(values_done.at[mine])
@@ -298,13 +312,15 @@ def _kernel(
             laid(jnp.zeros((LINES,), jnp.float32)),
             laid(jnp.zeros((LINES, _HALF), jnp.float32)),
         )
-        highest, total, mixed = jax.lax.fori_loop(0, visits, visit, nothing)
+        sums = jax.lax.fori_loop(0, all_seen, functools.partial(visit, False), nothing)
+        highest, total, mixed = jax.lax.fori_loop(all_seen, visits, functools.partial(visit, True), sums)
+        pl.when(warpgroup == 0)(wait_for_turn)
         lines = pl.ds(tile * LINES, LINES)
         mixed_ref[split, slot, head, lines, pl.ds(warpgroup * _HALF, _HALF)] = mixed
 
         @pl.when(warpgroup == 0)
         def _() -> None:
-            highest_ref[split, slot, head, lines] = highest
+            highest_ref[split, slot, head, lines] = highest * math.log(2)
             total_ref[split, slot, head, lines] = total
 
     @pl.when(warpgroup == 2)

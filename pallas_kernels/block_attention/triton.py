@@ -42,6 +42,8 @@ from pallas_kernels.tuning import tuned
 TUNED = Path(__file__).with_name("tuned.json")
 CHUNK = 128
 """From so many lines per KV head on it is a chunk of a prompt, and not a step."""
+ROWS_PER_LANE = 4
+"""Of a tree's rows that a tile holds: each may be the end of a path, and a program visits one path after the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,21 +143,16 @@ def block_attention(
     )
     whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
     shape = (splits, batch, kv_heads, tiles * tile)
-    sums_spec = pl.BlockSpec(
-        (None, None, None, tile), lambda place, head, t: (place % splits, place // splits, head, t)
-    )
-    mixed_spec = pl.BlockSpec(
-        (None, None, None, tile, head_dim), lambda place, head, t: (place % splits, place // splits, head, t, 0)
-    )
-    of_tree = ()
+    lanes, of_tree = 1, ()
     if tree is not None:
         of_tree = _by_path(tree, starts, page_table, tile, group, key_block, page_size, ring=ring)
+        lanes = -(-of_tree.path_of.shape[2] // ROWS_PER_LANE) if splits > 1 else 1
         kernel = _taking_paths(kernel)
     mixed, highest, total = pl.pallas_call(
-        kernel,
-        grid=(batch * splits, kv_heads, tiles),
+        functools.partial(kernel, lanes=lanes),
+        grid=(batch * (splits - 1 + lanes), kv_heads, tiles),
         in_specs=[whole] * (5 + len(of_tree)),
-        out_specs=[mixed_spec, sums_spec, sums_spec],
+        out_specs=[whole] * 3,
         out_shape=[
             jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -172,13 +169,18 @@ def block_attention(
     return mixed.transpose(0, 2, 1, 3, 4).reshape(batch, rows, heads, head_dim).astype(queries.dtype)
 
 
-class _TreeRefs(NamedTuple):
-    """What a tree brings: paths (paths.py) of each of `tiles`, one for all where tiles cut rows into pieces."""
+class _OfTree(NamedTuple):
+    """Arrays that a tree brings, or references to them.
+
+    Paths (paths.py) are those of each of `tiles`; there is one for all rows where tiles would cut rows into pieces.
+    """
 
     depths: Any
     last_blocks: Any
     """[slots]: the block where the deepest row's keys end."""
     counts: Any
+    path_of: Any
+    """[slots, tiles, rows]: the path that takes a row."""
     last_seen: Any
     pool_rows: Any
     """[slots, tiles, paths, keys]: where the keys of the tree's blocks are, in the order of a chain."""
@@ -194,8 +196,8 @@ def _by_path(
     page_size: int,
     *,
     ring: bool,
-) -> tuple[Array, ...]:
-    """The arrays of `_TreeRefs`. They are the same for all layers of a step: XLA makes them once."""
+) -> _OfTree:
+    """What a tree brings. These arrays are the same for all layers of a step: XLA makes them once."""
     rows = tree.depths.shape[1]
     paths = paths_of(tree, starts, rows if tile % group else min(rows, tile // group))
     keys = (-(-(rows - 1) // key_block) + 1) * key_block
@@ -204,13 +206,19 @@ def _by_path(
     of_paths = jnp.take_along_axis(stored, paths.ends.reshape(len(starts), -1, 1), axis=1)
     at = pool_rows(of_paths.reshape(len(starts), -1), page_table, page_size, ring=ring)
     last_blocks = (starts + jnp.max(tree.depths, axis=1)) // key_block
-    return tree.depths, last_blocks, paths.counts, paths.last_seen, at.reshape(*paths.ends.shape, keys)
+    path_of = jnp.argmax(paths.last_seen >= 0, axis=2).astype(jnp.int32)
+    at = at.reshape(*paths.ends.shape, keys)
+    return _OfTree(tree.depths, last_blocks, paths.counts, path_of, paths.last_seen, at)
 
 
 def _taking_paths(kernel: Callable[..., None]) -> Callable[..., None]:
     """The kernel with what a tree brings, which stands behind the other arguments."""
-    count = len(_TreeRefs._fields)
-    return lambda *refs: kernel(*refs[:5], *refs[5 + count :], tree=_TreeRefs(*refs[5 : 5 + count]))
+    count = len(_OfTree._fields)
+
+    def taking(*refs: Any, **how: Any) -> None:
+        kernel(*refs[:5], *refs[5 + count :], tree=_OfTree(*refs[5 : 5 + count]), **how)
+
+    return taking
 
 
 def _kernel(
@@ -236,10 +244,14 @@ def _kernel(
     ring: bool,
     compact: bool,
     keys_axis: int,
-    tree: _TreeRefs | None = None,
+    lanes: int,
+    tree: _OfTree | None = None,
 ) -> None:
+    """The last split of a tree has some `lanes`: programs that take every so many of its paths each."""
     place, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
+    shares = splits - 1
+    slot, part = jax.lax.div(place, shares + lanes), jax.lax.rem(place, shares + lanes)
+    split, lane = jnp.minimum(part, shares), jnp.maximum(part - shares, 0)
     start = starts_ref[slot]
     line = jnp.minimum(index * tile + jnp.arange(tile, dtype=jnp.int32), rows * group - 1)
     row = jax.lax.div(line, group)
@@ -247,7 +259,6 @@ def _kernel(
     key_dim = key_ref.shape[2]
     query = _lines(query_ref, slot, of_line, 0, key_dim)
     value_query = _lines(query_ref, slot, of_line, key_dim, value_ref.shape[2]) if compact else None
-    shares = splits - 1
     in_share = split < shares
 
     def block_of(token: Array) -> Array:
@@ -312,28 +323,38 @@ def _kernel(
         done = dealt(first_block, jnp.minimum(spans[0], clear), clear, clear)[1]
         sums = jax.lax.fori_loop(0, done, functools.partial(visit, False), sums)
     sums = jax.lax.fori_loop(done, visits, functools.partial(visit, True), sums)
+    valid = None
     if tree is not None:
         of_tile = (slot, index if tree.counts.shape[1] > 1 else 0)
+        row_of_tile = row - (index * (tile // group) if tree.counts.shape[1] > 1 else 0)
+
+        def of_rows(ref: Any, *path: Array) -> Array:
+            return plt.load(ref.at[(*(jnp.full_like(row, each) for each in (*of_tile, *path)), row_of_tile)])
+
         last_block = tree.last_blocks[slot]
         tree_begin, of_path, tree_step = dealt(start_block, last_block, start_block, last_block + 1)
-        path_row = row - (index * (tile // group) if tree.counts.shape[1] > 1 else 0)
+        lane_step = 1
+        if lanes > 1:
+            valid = in_share | (jax.lax.rem(of_rows(tree.path_of), lanes) == lane)
+            lane_step = lanes - in_share.astype(jnp.int32) * (lanes - 1)
+        paths = jax.lax.div(jnp.maximum(tree.counts[of_tile] - lane, 0) + lane_step - 1, lane_step)
 
         def visit_path(turn: Array, sums: Sums) -> Sums:
-            path = jax.lax.div(turn, of_path)
+            path = lane + jax.lax.div(turn, of_path) * lane_step
             number = tree_begin + jax.lax.rem(turn, of_path) * tree_step
             keys = (number - start_block) * key_block + jnp.arange(key_block, dtype=jnp.int32)
             at = plt.load(tree.pool_rows.at[(*(jnp.full_like(keys, each) for each in (*of_tile, path)), keys)])
-            last_seen = plt.load(
-                tree.last_seen.at[(*(jnp.full_like(path_row, each) for each in (*of_tile, path)), path_row)]
-            )
+            last_seen = of_rows(tree.last_seen, path)
             block = (_gathered(key_ref, at, head), _gathered(value_ref, at, head))
             return add(sums, block, seen_from(number * key_block, last_seen, last_seen))
 
-        sums = jax.lax.fori_loop(0, tree.counts[of_tile] * of_path, visit_path, sums)
+        sums = jax.lax.fori_loop(0, paths * of_path, visit_path, sums)
     highest, total, mixed = sums
-    mixed_ref[...] = mixed if keys_axis else mixed.T
-    highest_ref[...] = highest.reshape(tile)
-    total_ref[...] = total.reshape(tile)
+    stored = (split, slot, head, pl.ds(index * tile, tile))
+    plt.store(highest_ref.at[stored], highest.reshape(tile), mask=valid)
+    plt.store(total_ref.at[stored], total.reshape(tile), mask=valid)
+    of_numbers = None if valid is None else jnp.broadcast_to(valid[:, None], (tile, value_ref.shape[2]))
+    plt.store(mixed_ref.at[(*stored, slice(None))], mixed if keys_axis else mixed.T, mask=of_numbers)
 
 
 def _load_block(
