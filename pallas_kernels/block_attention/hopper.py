@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 LINES = 64
@@ -35,9 +36,10 @@ def how(*, interpret: bool) -> dict[str, Any]:
     return {"interpret": plgpu.InterpretGPUParams()}  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def shared(*sizes: int) -> Any:
-    """Shared memory for bf16, as copies and products want it laid out."""
-    return plgpu.SMEM(sizes, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def shared(*sizes: int, dtype: DTypeLike = jnp.bfloat16) -> Any:
+    """Shared memory, laid out as copies and products want it."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(sizes, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def laid(value: Array, *, interpret: bool) -> Array:

@@ -40,7 +40,7 @@ from pallas_kernels.paged import pool_rows
 
 KEY_BLOCK = 64
 HEAD_DIM, _HALF = 512, 256
-_KEY_SLOTS, _VALUE_SLOTS = 1, 4
+_KEY_SLOTS, _VALUE_SLOTS = 1, 3
 _TREE_BLOCKS = 2
 """Blocks of keys that the rows of a tree may lie in."""
 
@@ -135,7 +135,9 @@ def block_attention(
             plgpu.Barrier(num_barriers=_KEY_SLOTS),
             plgpu.Barrier(num_barriers=_VALUE_SLOTS),
             plgpu.Barrier(num_arrivals=2, num_barriers=_KEY_SLOTS),
-            plgpu.Barrier(num_arrivals=2, num_barriers=_VALUE_SLOTS),
+            plgpu.Barrier(num_barriers=_VALUE_SLOTS),
+            hopper.shared(2, LINES, KEY_BLOCK, dtype=jnp.float32),
+            plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_barriers=2),
         ],
         **hopper.how(interpret=interpret),
@@ -193,7 +195,9 @@ def _kernel(
     values_here,
     keys_done,
     values_done,
-    turn_of,
+    parts,
+    parts_here,
+    parts_read,
     *,
     group: int,
     splits: int,
@@ -248,36 +252,36 @@ def _kernel(
         def row_of_line() -> Array:
             return jax.lax.shift_right_logical(iota(0), jnp.int32(group.bit_length() - 1))
 
-        def wait_for_turn() -> None:
-            plgpu.barrier_wait(turn_of.at[warpgroup])
-
-        def pass_turn() -> None:
-            plgpu.barrier_arrive(turn_of.at[1 - warpgroup])
+        def of_other() -> Array:
+            """The other warpgroup's part of the scores."""
+            there = parts.at[1 - warpgroup]
+            return there[...] if interpret else plgpu.load(there, layout=plgpu.Layout.WGMMA)
 
         factor = scale * math.log2(math.e)
-        pl.when(warpgroup == 1)(pass_turn)
+        key_columns = pl.ds(warpgroup * (key_dim // 2), key_dim // 2)
         plgpu.barrier_wait(queries_here)
 
         def visit(masked: bool, turn: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             highest, total, mixed = sums
-            key_slot = jax.lax.rem(turn, _KEY_SLOTS)
-            halves = [jax.lax.rem(2 * turn + half, _VALUE_SLOTS) for half in range(2)]
+            mine, others = (jax.lax.rem(2 * turn + half, _VALUE_SLOTS) for half in (warpgroup, 1 - warpgroup))
 
             def score(scores_ref):
-                wait_for_turn()
-                for half in range(2):
-                    plgpu.barrier_wait(values_here.at[halves[half]])
-                    columns = pl.ds(key_dim + half * _HALF, _HALF)
-                    plgpu.wgmma(scores_ref, queries.at[:, columns], values.at[halves[half]].T)
-                plgpu.barrier_wait(keys_here.at[key_slot])
-                plgpu.wgmma(scores_ref, queries.at[:, pl.ds(0, key_dim)], keys.at[key_slot].T)
-                pass_turn()
+                plgpu.barrier_wait(values_here.at[mine])
+                columns = pl.ds(key_dim + warpgroup * _HALF, _HALF)
+                plgpu.wgmma(scores_ref, queries.at[:, columns], values.at[mine].T)
+                plgpu.barrier_wait(values_here.at[others])  # who uses a barrier has to see all of its phases
+                plgpu.barrier_wait(keys_here.at[0])
+                plgpu.wgmma(scores_ref, queries.at[:, key_columns], keys.at[0, :, key_columns].T)
                 return scores_ref[...]
 
-            scores = pl.run_scoped(score, ACC((LINES, KEY_BLOCK), jnp.float32))
-            plgpu.barrier_arrive(keys_done.at[key_slot])
-            other = jax.lax.rem(2 * turn + (1 - warpgroup), _VALUE_SLOTS)
-            plgpu.barrier_arrive(values_done.at[other])
+            part = pl.run_scoped(score, ACC((LINES, KEY_BLOCK), jnp.float32))
+            plgpu.barrier_arrive(keys_done.at[0])
+            pl.when(turn > 0)(functools.partial(plgpu.barrier_wait, parts_read.at[warpgroup]))
+            parts[warpgroup] = part
+            plgpu.barrier_arrive(parts_here.at[warpgroup])
+            plgpu.barrier_wait(parts_here.at[1 - warpgroup])
+            scores = part + of_other()
+            plgpu.barrier_arrive(parts_read.at[1 - warpgroup])
 
             if masked and paths is None:
                 token = start + first_row + row_of_line()
@@ -292,16 +296,12 @@ def _kernel(
             total = total * keep + weights.sum(axis=1)
             mixed = mixed * jax.lax.broadcast_in_dim(keep, mixed.shape, [0])
             narrow = weights.astype(jnp.bfloat16)
-            mine = jax.lax.rem(2 * turn + warpgroup, _VALUE_SLOTS)
-            wait_for_turn()
             if interpret:
                 mixed = mixed + jnp.dot(narrow.astype(jnp.float32), values[mine].astype(jnp.float32))
-                pass_turn()
             else:
 
                 def mix(mixed_ref):
                     plgpu.wgmma(mixed_ref, narrow, values.at[mine])
-                    pass_turn()
 
                 mixed = cast("Array", pl.run_state(mix)(ACC.init(mixed)))
             plgpu.barrier_arrive(values_done.at[mine])
@@ -314,7 +314,7 @@ def _kernel(
         )
         sums = jax.lax.fori_loop(0, all_seen, functools.partial(visit, False), nothing)
         highest, total, mixed = jax.lax.fori_loop(all_seen, visits, functools.partial(visit, True), sums)
-        pl.when(warpgroup == 0)(wait_for_turn)
+        pl.when(visits > 0)(functools.partial(plgpu.barrier_wait, parts_read.at[warpgroup]))
         lines = pl.ds(tile * LINES, LINES)
         mixed_ref[split, slot, head, lines, pl.ds(warpgroup * _HALF, _HALF)] = mixed
 
