@@ -1,14 +1,14 @@
 """Block attention for heads of 512 as a Pallas Mosaic GPU kernel, for Hopper cards.
 
 The sums of 64 lines over 512 values do not fit the registers of Triton's programs, which take 32 lines at a time and
-multiply with the small instruction. Here a program takes 64 lines with the large one, and two warpgroups share them:
-both compute all scores (64 x 64 at a time, from shared memory), each mixes its half of the values into sums that stay
-in its registers. They issue products in turns, so that one multiplies while the other takes exponentials. A third
-warpgroup copies keys and values to shared memory ahead of them.
+multiply with the small instruction. Here a program takes 64 lines with the large one, and two warpgroups share them.
+Each has half of the values' columns: it mixes them into sums that stay in its registers, and multiplies queries with
+them (and with half of the keys' columns) for half of each score's sum, 64 x 64 at a time. The other half it reads from
+the other warpgroup. A third warpgroup copies keys and values to shared memory ahead of them.
 
     grid (slots * splits, kv_heads, tiles of 64 lines)
-      warpgroup 0, 1   scores of a block of 64 keys -> running maximum and sum -> values 0..255, values 256..511
-      warpgroup 2      copies: keys [64, K] (one slot), halves of the values [64, 256] (four slots)
+      warpgroup 0, 1   parts of a block's scores <-> running maximum and sum -> values 0..255, values 256..511
+      warpgroup 2      copies: keys [64, 128] (one slot), halves of the values [64, 256] (three slots)
 
 Splits, masks and results are those of triton.py; combine.py puts the splits together.
 
@@ -39,8 +39,9 @@ from pallas_kernels.online_softmax import LOWEST
 from pallas_kernels.paged import pool_rows
 
 KEY_BLOCK = 64
-HEAD_DIM, _HALF = 512, 256
-_KEY_SLOTS, _VALUE_SLOTS = 1, 3
+HEAD_DIM, KEY_DIM = 512, 128
+_HALF = HEAD_DIM // 2
+_VALUE_SLOTS = 3
 _TREE_BLOCKS = 2
 """Blocks of keys that the rows of a tree may lie in."""
 
@@ -60,8 +61,8 @@ def why_not(
     rows, heads = queries.shape[1:3]
     kv_heads, head_dim = value_pool.shape[1:]
     group = heads // kv_heads
-    if head_dim != HEAD_DIM or not compact or key_pool.shape[2] not in (64, 128):
-        return f"takes compact keys of 64 or 128 and heads of 512, got {key_pool.shape[2]} and {head_dim}"
+    if head_dim != HEAD_DIM or not compact or key_pool.shape[2] != KEY_DIM:
+        return f"takes compact keys of {KEY_DIM} and heads of {HEAD_DIM}, got {key_pool.shape[2]} and {head_dim}"
     if reason := hopper.why_not_pools(key_pool, value_pool):
         return reason
     if window is not None or not causal:
@@ -95,7 +96,7 @@ def block_attention(
     if ring or (reason := why_not(queries, key_pool, value_pool, **options, tree=tree is not None)):
         raise NotImplementedError(f"block_attention on Mosaic {'takes no ring of pages' if ring else reason}")
     batch, rows, heads, _ = queries.shape
-    kv_heads, key_dim = key_pool.shape[1:]
+    kv_heads = key_pool.shape[1]
     group = heads // kv_heads
     tiles = -(-rows * group // LINES)
     tiles_alike = tiles if tree is None else -(-STEP_ROWS * group // LINES)
@@ -128,13 +129,13 @@ def block_attention(
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
-            hopper.shared(LINES, key_dim + HEAD_DIM),
-            hopper.shared(_KEY_SLOTS, KEY_BLOCK, key_dim),
+            hopper.shared(LINES, KEY_DIM + HEAD_DIM),
+            hopper.shared(KEY_BLOCK, KEY_DIM),
             hopper.shared(_VALUE_SLOTS, KEY_BLOCK, _HALF),
             plgpu.Barrier(num_arrivals=LINES // group),
-            plgpu.Barrier(num_barriers=_KEY_SLOTS),
+            plgpu.Barrier(),
             plgpu.Barrier(num_barriers=_VALUE_SLOTS),
-            plgpu.Barrier(num_arrivals=2, num_barriers=_KEY_SLOTS),
+            plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_barriers=_VALUE_SLOTS),
             hopper.shared(2, LINES, KEY_BLOCK, dtype=jnp.float32),
             plgpu.Barrier(num_barriers=2),
@@ -213,7 +214,7 @@ def _kernel(
     rows = LINES // group
     first_row = tile * rows
     start = starts_ref[slot]
-    all_rows, key_dim = query_ref.shape[1], key_ref.shape[2]
+    all_rows = query_ref.shape[1]
     if paths is None:
         end = jnp.minimum(jax.lax.div(start + first_row + (rows - 1), KEY_BLOCK) + 1, blocks)
         clear = jnp.minimum(jax.lax.div(start + first_row + 1, KEY_BLOCK), end)  # all rows see all of these blocks
@@ -245,7 +246,7 @@ def _kernel(
     @pl.when(warpgroup < 2)
     def _compute() -> None:
         if not interpret:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
         laid = functools.partial(hopper.laid, interpret=interpret)
         iota = functools.partial(hopper.iota, KEY_BLOCK, interpret=interpret)
 
@@ -258,24 +259,25 @@ def _kernel(
             return there[...] if interpret else plgpu.load(there, layout=plgpu.Layout.WGMMA)
 
         factor = scale * math.log2(math.e)
-        key_columns = pl.ds(warpgroup * (key_dim // 2), key_dim // 2)
+        key_columns = pl.ds(warpgroup * (KEY_DIM // 2), KEY_DIM // 2)
         plgpu.barrier_wait(queries_here)
 
         def visit(masked: bool, turn: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             highest, total, mixed = sums
+            of_rows = keys_seen(turn) if masked and paths is not None else []
             mine, others = (jax.lax.rem(2 * turn + half, _VALUE_SLOTS) for half in (warpgroup, 1 - warpgroup))
 
             def score(scores_ref):
                 plgpu.barrier_wait(values_here.at[mine])
-                columns = pl.ds(key_dim + warpgroup * _HALF, _HALF)
+                columns = pl.ds(KEY_DIM + warpgroup * _HALF, _HALF)
                 plgpu.wgmma(scores_ref, queries.at[:, columns], values.at[mine].T)
                 plgpu.barrier_wait(values_here.at[others])  # who uses a barrier has to see all of its phases
-                plgpu.barrier_wait(keys_here.at[0])
-                plgpu.wgmma(scores_ref, queries.at[:, key_columns], keys.at[0, :, key_columns].T)
+                plgpu.barrier_wait(keys_here)
+                plgpu.wgmma(scores_ref, queries.at[:, key_columns], keys.at[:, key_columns].T)
                 return scores_ref[...]
 
             part = pl.run_scoped(score, ACC((LINES, KEY_BLOCK), jnp.float32))
-            plgpu.barrier_arrive(keys_done.at[0])
+            plgpu.barrier_arrive(keys_done)
             pl.when(turn > 0)(functools.partial(plgpu.barrier_wait, parts_read.at[warpgroup]))
             parts[warpgroup] = part
             plgpu.barrier_arrive(parts_here.at[warpgroup])
@@ -288,7 +290,7 @@ def _kernel(
                 seen = (split + turn * splits) * KEY_BLOCK + iota(1) <= token
                 scores = jnp.where(seen, scores, -jnp.inf)
             elif masked:
-                seen = iota(1) < _byte_of(keys_seen(turn), row_of_line())
+                seen = iota(1) < _byte_of(of_rows, row_of_line())
                 scores = jnp.where(seen, scores, -jnp.inf)
             new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
             weights = jnp.exp2(scores * factor - jax.lax.broadcast_in_dim(new_highest, scores.shape, [0]))
@@ -326,7 +328,7 @@ def _kernel(
     @pl.when(warpgroup == 2)
     def _copy() -> None:
         if not interpret:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
         for row in range(rows):
             number = first_row + row
             if all_rows % rows:  # what the last tile has too many is masked
@@ -351,34 +353,31 @@ def _kernel(
             ]
 
         def copy(turn: Array, _: None) -> None:
+            """In the order in which memory becomes free: the first half's slot is that of the turn before the last."""
             of_turn = places(turn)
-            key_slot = jax.lax.rem(turn, _KEY_SLOTS)
 
-            @pl.when(turn >= _KEY_SLOTS)
-            def _() -> None:
-                plgpu.barrier_wait(keys_done.at[key_slot])
+            def copy_keys() -> None:
+                pl.when(turn > 0)(functools.partial(plgpu.barrier_wait, keys_done))
+                for condition, source, _, at in of_turn:
+                    of_block = (source.at[at, head], keys, keys_here)
+                    pl.when(condition)(functools.partial(plgpu.copy_gmem_to_smem, *of_block))
 
-            for condition, source, _, at in of_turn:
-                to_keys = (keys.at[key_slot], keys_here.at[key_slot])
-                pl.when(condition)(functools.partial(plgpu.copy_gmem_to_smem, source.at[at, head], *to_keys))
-            for half in range(2):
+            def copy_values(half: int) -> None:
                 number = 2 * turn + half
-                value_slot = jax.lax.rem(number, _VALUE_SLOTS)
-
-                @pl.when(number >= _VALUE_SLOTS)
-                def _(value_slot: Array = value_slot) -> None:
-                    plgpu.barrier_wait(values_done.at[value_slot])
-
+                here = jax.lax.rem(number, _VALUE_SLOTS)
+                pl.when(number >= _VALUE_SLOTS)(functools.partial(plgpu.barrier_wait, values_done.at[here]))
                 for condition, _, source, at in of_turn:
-                    columns, to_values = pl.ds(half * _HALF, _HALF), (values.at[value_slot], values_here.at[value_slot])
-                    source_half = source.at[at, head, columns]
-                    pl.when(condition)(functools.partial(plgpu.copy_gmem_to_smem, source_half, *to_values))
+                    columns = pl.ds(half * _HALF, _HALF)
+                    of_half = (source.at[at, head, columns], values.at[here], values_here.at[here])
+                    pl.when(condition)(functools.partial(plgpu.copy_gmem_to_smem, *of_half))
+
+            copy_values(0)
+            copy_keys()
+            copy_values(1)
 
         jax.lax.fori_loop(0, visits, copy, None)
-        for count, done, copied in ((_KEY_SLOTS, keys_done, visits), (_VALUE_SLOTS, values_done, 2 * visits)):
-            for more in range(count):  # nobody leaves before all that was copied has been read
-                number = copied + more
-
-                @pl.when(number >= count)
-                def _(done: Any = done, number: Array = number, count: int = count) -> None:
-                    plgpu.barrier_wait(done.at[jax.lax.rem(number, count)])
+        pl.when(visits > 0)(functools.partial(plgpu.barrier_wait, keys_done))
+        for more in range(_VALUE_SLOTS):  # nobody leaves before all that was copied has been read
+            number = 2 * visits + more
+            done = values_done.at[jax.lax.rem(number, _VALUE_SLOTS)]
+            pl.when(number >= _VALUE_SLOTS)(functools.partial(plgpu.barrier_wait, done))
