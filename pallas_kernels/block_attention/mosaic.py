@@ -253,11 +253,6 @@ def _kernel(
         def row_of_line() -> Array:
             return jax.lax.shift_right_logical(iota(0), jnp.int32(group.bit_length() - 1))
 
-        def of_other() -> Array:
-            """The other warpgroup's part of the scores."""
-            there = parts.at[1 - warpgroup]
-            return there[...] if interpret else plgpu.load(there, layout=plgpu.Layout.WGMMA)
-
         factor = scale * math.log2(math.e)
         key_columns = pl.ds(warpgroup * (KEY_DIM // 2), KEY_DIM // 2)
         plgpu.barrier_wait(queries_here)
@@ -282,7 +277,7 @@ def _kernel(
             parts[warpgroup] = part
             plgpu.barrier_arrive(parts_here.at[warpgroup])
             plgpu.barrier_wait(parts_here.at[1 - warpgroup])
-            scores = part + of_other()
+            scores = part + parts[1 - warpgroup]
             plgpu.barrier_arrive(parts_read.at[1 - warpgroup])
 
             if masked and paths is None:
