@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,14 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.online_softmax import LOWEST
-
 MOST_SPLITS = 64
 """Splits that are worth putting together."""
 
 
 def splits_for(most: int, key_blocks: int) -> int:
-    """How many are worth it; it follows from shapes alone, so that the same row is always split alike."""
-    return min(MOST_SPLITS, max(1, most), max(1, key_blocks // 2))
+    """A power of two; it follows from shapes alone, so that the same row is always split alike."""
+    wanted = min(MOST_SPLITS, max(1, most), max(1, key_blocks // 2))
+    return 1 << (wanted.bit_length() - 1)
 
 
 def combine(
@@ -44,12 +44,19 @@ def combine(
     Of the stacked axis, row r of head g (of the group that shares a KV head) is entry `r * group + g`, or
     `entry(r, g)`; all else is padding. A row with a total of zero gives zeros.
     """
-    _, batch, kv_heads, _, head_dim = mixed.shape
-    whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
+    splits, batch, kv_heads, _, head_dim = mixed.shape
+
+    def of_row(*last: int) -> pl.BlockSpec:
+        def place(slot: Array, head: Array, line: Array) -> tuple[Any, ...]:
+            at = line if entry is None else entry(line // group, line % group)
+            return 0, slot, head, at, *[0] * len(last)
+
+        return pl.BlockSpec((splits, None, None, None, *last), place)
+
     return pl.pallas_call(
-        functools.partial(_kernel, group=group, entry=entry),
+        _kernel,
         grid=(batch, kv_heads, rows * group),
-        in_specs=[whole] * 3,
+        in_specs=[of_row(head_dim), of_row(), of_row()],
         out_specs=pl.BlockSpec(
             (None, None, None, head_dim),
             functools.partial(_place, group=group),
@@ -65,23 +72,9 @@ def _place(slot: Array, head: Array, row: Array, *, group: int) -> tuple[Array, 
     return slot, row // group, head * group + row % group, 0
 
 
-def _kernel(
-    mixed_ref, highest_ref, total_ref, out_ref, *, group: int, entry: Callable[[Array, Array], Array] | None
-) -> None:
-    splits, head_dim = mixed_ref.shape[0], mixed_ref.shape[4]
-    slot, head, line = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    if entry is not None:
-        line = entry(jax.lax.div(line, group), jax.lax.rem(line, group))
-    count = pl.next_power_of_2(splits)
-    split = jnp.arange(count, dtype=jnp.int32)
-    at = (split, *(jnp.full_like(split, each) for each in (slot, head, line)))
-    there = split < splits
-    highest = plt.load(highest_ref.at[at], mask=there, other=LOWEST)
+def _kernel(mixed_ref, highest_ref, total_ref, out_ref) -> None:
+    highest = highest_ref[...]  # [splits]
     share = jnp.exp(highest - jnp.max(highest))
-    total = jnp.sum(plt.load(total_ref.at[at], mask=there, other=0.0) * share)
-    shape = (count, head_dim)
-    at = tuple(jnp.broadcast_to(each[:, None], shape) for each in at)
-    column = jnp.broadcast_to(jnp.arange(head_dim, dtype=jnp.int32)[None, :], shape)
-    mask = jnp.broadcast_to(there[:, None], shape)
-    mixed = jnp.sum(plt.load(mixed_ref.at[(*at, column)], mask=mask, other=0.0) * share[:, None], axis=0)
+    total = jnp.sum(total_ref[...] * share)
+    mixed = jnp.sum(mixed_ref[...] * share[:, None], axis=0)
     out_ref[...] = (mixed / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype)

@@ -34,14 +34,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
-from pallas_kernels.block_attention.paths import paths_of
 from pallas_kernels.online_softmax import LEAST_TILE, Sums, add_keys, no_sums, precision_of
-from pallas_kernels.paged import pool_rows, why_not
+from pallas_kernels.paged import pool_row, why_not
 from pallas_kernels.tuning import tuned
 
 TUNED = Path(__file__).with_name("tuned.json")
+FEW = 48
+"""So many lines per KV head are few: small tiles of them do not read K and V too often."""
 CHUNK = 128
-"""From so many lines per KV head on it is a chunk of a prompt, and not a step."""
+"""More lines per KV head are a chunk of a prompt, and not a step."""
 ROWS_PER_LANE = 4
 """Of a tree's rows that a tile holds: each may be the end of a path, and a program visits one path after the other."""
 
@@ -68,7 +69,8 @@ class Config:
 def key(lines: int, key_dim: int, head_dim: int) -> str:
     """What tuned.json calls a shape."""
     compact = f", keys of {key_dim}" if key_dim < head_dim else ""
-    return f"{'chunk' if lines > CHUNK else 'step'}, heads of {head_dim}{compact}"
+    kind = "chunk" if lines > CHUNK else "step" if lines > FEW else "few lines"
+    return f"{kind}, heads of {head_dim}{compact}"
 
 
 def config_for(lines: int, key_dim: int, head_dim: int, itemsize: int = 2) -> Config:
@@ -145,9 +147,9 @@ def block_attention(
     shape = (splits, batch, kv_heads, tiles * tile)
     lanes, of_tree = 1, ()
     if tree is not None:
-        of_tree = _by_path(tree, starts, page_table, tile, group, key_block, page_size, ring=ring)
-        lanes = -(-of_tree.path_of.shape[2] // ROWS_PER_LANE) if splits > 1 else 1
-        kernel = _taking_paths(kernel)
+        of_tree = (tree.depths, tree.sees)
+        lanes = -(-min(rows, (tile - 1) // group + 1) // ROWS_PER_LANE) if splits > 1 else 1
+        kernel = _taking_tree(kernel)
     mixed, highest, total = pl.pallas_call(
         functools.partial(kernel, lanes=lanes),
         grid=(batch * (splits - 1 + lanes), kv_heads, tiles),
@@ -169,56 +171,53 @@ def block_attention(
     return mixed.transpose(0, 2, 1, 3, 4).reshape(batch, rows, heads, head_dim).astype(queries.dtype)
 
 
-class _OfTree(NamedTuple):
-    """Arrays that a tree brings, or references to them.
-
-    Paths (paths.py) are those of each of `tiles`; there is one for all rows where tiles would cut rows into pieces.
-    """
-
-    depths: Any
-    last_blocks: Any
-    """[slots]: the block where the deepest row's keys end."""
-    counts: Any
-    path_of: Any
-    """[slots, tiles, rows]: the path that takes a row."""
-    last_seen: Any
-    pool_rows: Any
-    """[slots, tiles, paths, keys]: where the keys of the tree's blocks are, in the order of a chain."""
-
-
-def _by_path(
-    tree: Ancestry,
-    starts: Int[Array, " B"],
-    page_table: Int[Array, "B P"],
-    tile: int,
-    group: int,
-    key_block: int,
-    page_size: int,
-    *,
-    ring: bool,
-) -> _OfTree:
-    """What a tree brings. These arrays are the same for all layers of a step: XLA makes them once."""
-    rows = tree.depths.shape[1]
-    paths = paths_of(tree, starts, rows if tile % group else min(rows, tile // group))
-    keys = (-(-(rows - 1) // key_block) + 1) * key_block
-    token = (starts // key_block * key_block)[:, None] + jnp.arange(keys, dtype=jnp.int32)[None]
-    stored = tree.stored(starts, token)  # [B, T, keys]
-    of_paths = jnp.take_along_axis(stored, paths.ends.reshape(len(starts), -1, 1), axis=1)
-    at = pool_rows(of_paths.reshape(len(starts), -1), page_table, page_size, ring=ring)
-    last_blocks = (starts + jnp.max(tree.depths, axis=1)) // key_block
-    path_of = jnp.argmax(paths.last_seen >= 0, axis=2).astype(jnp.int32)
-    at = at.reshape(*paths.ends.shape, keys)
-    return _OfTree(tree.depths, last_blocks, paths.counts, path_of, paths.last_seen, at)
-
-
-def _taking_paths(kernel: Callable[..., None]) -> Callable[..., None]:
-    """The kernel with what a tree brings, which stands behind the other arguments."""
-    count = len(_OfTree._fields)
+def _taking_tree(kernel: Callable[..., None]) -> Callable[..., None]:
+    """The kernel with the tree's depths and what its rows see, which stand behind the other arguments."""
 
     def taking(*refs: Any, **how: Any) -> None:
-        kernel(*refs[:5], *refs[5 + count :], tree=_OfTree(*refs[5 : 5 + count]), **how)
+        kernel(*refs[:5], *refs[7:], tree=refs[5:7], **how)
 
     return taking
+
+
+class _Paths(NamedTuple):
+    """Of a tile's rows, the paths that take all of them: as in paths.py, but made in the kernel.
+
+    Arrays are over the rows of the block, as many as the next power of two.
+    """
+
+    sees: Array
+    depths: Array
+    is_end: Array
+    number: Array
+    """Of the path that ends with a row, if one does."""
+
+    def taking(self, row: Array) -> Array:
+        """The first path that takes each of these rows."""
+        takes = jax.lax.shift_right_logical(self.sees[None, :] + jnp.zeros_like(row[:, None]), row[:, None]) & 1
+        takes = (takes == 1) & self.is_end[None, :]
+        return jnp.min(jnp.where(takes, self.number[None, :], len(self.number)), axis=1)
+
+    def stored(self, path: Array, depth: Array) -> Array:
+        """The row where the path has a row of such a depth; 0 if it has none."""
+        rows = jnp.arange(len(self.sees), dtype=jnp.int32)
+        seen = jnp.sum(jnp.where(self.is_end & (self.number == path), self.sees, 0))
+        on_path = (jax.lax.shift_right_logical(jnp.full_like(rows, seen), rows) & 1) == 1
+        depths = jnp.where(on_path, self.depths, -1)
+        return jnp.sum(jnp.where(depths[None, :] == depth[:, None], rows[None, :], 0), axis=1)
+
+
+def _paths(tree: tuple[Any, Any], slot: Array, first_row: Array, last_row: Array) -> _Paths:
+    depths_ref, sees_ref = tree
+    rows = depths_ref.shape[1]
+    row = jnp.arange(pl.next_power_of_2(rows), dtype=jnp.int32)
+    at = (jnp.full_like(row, slot), jnp.minimum(row, rows - 1))
+    sees, depths = plt.load(sees_ref.at[at]).astype(jnp.int32), plt.load(depths_ref.at[at])
+    of_tile = (row >= first_row) & (row <= jnp.minimum(last_row, rows - 1))
+    seen = jax.lax.shift_right_logical(sees[:, None] + jnp.zeros_like(row[None, :]), row[None, :]) & 1
+    is_end = of_tile & (jnp.sum(jnp.where(of_tile[:, None], seen, 0), axis=0) == 1)  # no other one sees it
+    number = jnp.sum(jnp.where(is_end[None, :] & (row[None, :] < row[:, None]), 1, 0), axis=1)
+    return _Paths(sees, depths, is_end, number)
 
 
 def _kernel(
@@ -245,7 +244,7 @@ def _kernel(
     compact: bool,
     keys_axis: int,
     lanes: int,
-    tree: _OfTree | None = None,
+    tree: tuple[Any, Any] | None = None,
 ) -> None:
     """The last split of a tree has some `lanes`: programs that take every so many of its paths each."""
     place, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -306,7 +305,7 @@ def _kernel(
             highest = jnp.minimum(highest, num_pages * (page_size // key_block) - 1)
         spans = (highest, lowest, highest + 1)
     else:
-        token = last_seen = start + plt.load(tree.depths.at[jnp.full_like(row, slot), row])
+        token = last_seen = start + plt.load(tree[0].at[jnp.full_like(row, slot), row])
         first_token = start
         spans = (start_block, start_block, start_block)
     first_block = jnp.int32(0) if window is None else block_of(jnp.maximum(first_token - (window - 1), 0))
@@ -325,30 +324,28 @@ def _kernel(
     sums = jax.lax.fori_loop(done, visits, functools.partial(visit, True), sums)
     valid = None
     if tree is not None:
-        of_tile = (slot, index if tree.counts.shape[1] > 1 else 0)
-        row_of_tile = row - (index * (tile // group) if tree.counts.shape[1] > 1 else 0)
-
-        def of_rows(ref: Any, *path: Array) -> Array:
-            return plt.load(ref.at[(*(jnp.full_like(row, each) for each in (*of_tile, *path)), row_of_tile)])
-
-        last_block = tree.last_blocks[slot]
+        paths = _paths(tree, slot, jax.lax.div(index * tile, group), jax.lax.div(index * tile + (tile - 1), group))
+        path_of = paths.taking(row)
+        last_block = block_of(start + jnp.max(paths.depths))
         tree_begin, of_path, tree_step = dealt(start_block, last_block, start_block, last_block + 1)
         lane_step = 1
         if lanes > 1:
-            valid = in_share | (jax.lax.rem(of_rows(tree.path_of), lanes) == lane)
+            valid = in_share | (jax.lax.rem(path_of, lanes) == lane)
             lane_step = lanes - in_share.astype(jnp.int32) * (lanes - 1)
-        paths = jax.lax.div(jnp.maximum(tree.counts[of_tile] - lane, 0) + lane_step - 1, lane_step)
+        count = jnp.sum(paths.is_end.astype(jnp.int32))
+        of_lane = jax.lax.div(jnp.maximum(count - lane, 0) + lane_step - 1, lane_step)
 
         def visit_path(turn: Array, sums: Sums) -> Sums:
             path = lane + jax.lax.div(turn, of_path) * lane_step
-            number = tree_begin + jax.lax.rem(turn, of_path) * tree_step
-            keys = (number - start_block) * key_block + jnp.arange(key_block, dtype=jnp.int32)
-            at = plt.load(tree.pool_rows.at[(*(jnp.full_like(keys, each) for each in (*of_tile, path)), keys)])
-            last_seen = of_rows(tree.last_seen, path)
+            place = (tree_begin + jax.lax.rem(turn, of_path) * tree_step) * key_block
+            key_token = place + jnp.arange(key_block, dtype=jnp.int32)
+            stored = jnp.where(key_token < start, key_token, start + paths.stored(path, key_token - start))
+            at = pool_row(table_ref, jnp.full_like(stored, slot), stored, page_size, ring)
             block = (_gathered(key_ref, at, head), _gathered(value_ref, at, head))
-            return add(sums, block, seen_from(number * key_block, last_seen, last_seen))
+            last_seen = jnp.where(path_of == path, token, -1)
+            return add(sums, block, seen_from(place, token, last_seen))
 
-        sums = jax.lax.fori_loop(0, paths * of_path, visit_path, sums)
+        sums = jax.lax.fori_loop(0, of_lane * of_path, visit_path, sums)
     highest, total, mixed = sums
     stored = (split, slot, head, pl.ds(index * tile, tile))
     plt.store(highest_ref.at[stored], highest.reshape(tile), mask=valid)

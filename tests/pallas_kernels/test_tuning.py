@@ -82,7 +82,7 @@ def test_attention_has_a_config_for_every_kind_of_shape(monkeypatch: pytest.Monk
     file = tmp_path / "tuned.json"
     groups = {group.name: group.cases for group, _ in bench.sweep(time.perf_counter() + 60, file)}
     assert {case.name for cases in groups.values() for case in cases} == {case.name for case in LARGE_ATTENTION}
-    assert {case.tree for case in groups["step, heads of 256"]} == {True, False}
+    assert {case.tree for case in groups["few lines, heads of 256"]} == {True, False}
     monkeypatch.setattr(triton, "TUNED", file)
     assert triton.config_for(128, 128, 512) == config
     assert triton.config_for(128, 16, 32) == triton.rule(128, 32)
