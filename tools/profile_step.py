@@ -34,9 +34,10 @@ VISITS = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", type=Path)
     parser.add_argument("--drafter", type=Path)
-    parser.add_argument("--shape", choices=TARGETS, help="of a big model on random weights, instead of --model")
+    what.add_argument("--shape", choices=TARGETS, help="of a big model on random weights, instead of --model")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -58,8 +59,10 @@ def programs_of(arguments: argparse.Namespace) -> Iterator[Programs]:
         return
     engine = Engine(load_model(arguments.model, drafter=arguments.drafter), dflash="on", pflash="off")
     engine.warm_up()
-    yield engine._shared.programs
-    engine.close()
+    try:
+        yield engine._shared.programs
+    finally:
+        engine.close()
 
 
 def profile(programs: Programs, rows: int, context: int) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from pallas_kernels.timing import copies_of
 
 
 def sweep(end: float, file: Path = triton.TUNED) -> Iterator[tuple[Group, dict[str, Any]]]:
-    """Tunes each kind of shape by all of its large cases."""
+    """Tunes each kind of shape by all of its large cases, but for a drafter's, which have a kernel of their own."""
     groups: dict[str, list[AttentionCase]] = {}
     for case in LARGE_ATTENTION:
-        groups.setdefault(_key(case), []).append(case)
+        if case.causal:
+            groups.setdefault(_key(case), []).append(case)
     return tuning.sweep([Group(key, tuple(cases)) for key, cases in groups.items()], tune, end, file)
 
 
@@ -63,8 +64,8 @@ def configs(case: AttentionCase) -> Iterator[triton.Config]:
     lines = _lines(case)
     first = triton.rule(lines, case.head_dim)
     yield first
-    programs = (264, 528, 132) if lines <= triton.CHUNK else (264,)
-    options = itertools.product((32, 64, 16, 128), (64, 32, 128), (4, 8), (2, 3, 1), programs, (False, True))
+    programs = (264, 528, 132, 396) if lines <= triton.CHUNK else (264,)
+    options = itertools.product((32, 64, 16, 128), (64, 32, 128), (4, 8, 2), (2, 3, 1, 4), programs, (False, True))
     for tile, key_block, warps, stages, count, keys_first in options:
         config = triton.Config(tile, key_block, warps, stages, count, keys_first)
         # Fewer than 64 keys first are no better than lines first, and tiny tiles of a chunk read all keys too often.

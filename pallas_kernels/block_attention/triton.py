@@ -34,8 +34,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
+from pallas_kernels.block_attention.paths import paths_of
 from pallas_kernels.online_softmax import LEAST_TILE, Sums, add_keys, no_sums, precision_of
-from pallas_kernels.paged import pool_row, why_not
+from pallas_kernels.paged import pool_rows, why_not
 from pallas_kernels.tuning import tuned
 
 TUNED = Path(__file__).with_name("tuned.json")
@@ -135,7 +136,6 @@ def block_attention(
         splits=splits,
         key_block=key_block,
         page_size=page_size,
-        num_pages=page_table.shape[1],
         scale=scale,
         window=window,
         causal=causal,
@@ -147,9 +147,9 @@ def block_attention(
     shape = (splits, batch, kv_heads, tiles * tile)
     lanes, of_tree = 1, ()
     if tree is not None:
-        of_tree = (tree.depths, tree.sees)
-        lanes = -(-min(rows, (tile - 1) // group + 1) // ROWS_PER_LANE) if splits > 1 else 1
-        kernel = _taking_tree(kernel)
+        of_tree = _by_path(tree, starts, page_table, tile, group, key_block, page_size, ring=ring)
+        lanes = -(-of_tree.path_of.shape[2] // ROWS_PER_LANE) if splits > 1 else 1
+        kernel = _taking_paths(kernel)
     mixed, highest, total = pl.pallas_call(
         functools.partial(kernel, lanes=lanes),
         grid=(batch * (splits - 1 + lanes), kv_heads, tiles),
@@ -171,53 +171,56 @@ def block_attention(
     return mixed.transpose(0, 2, 1, 3, 4).reshape(batch, rows, heads, head_dim).astype(queries.dtype)
 
 
-def _taking_tree(kernel: Callable[..., None]) -> Callable[..., None]:
-    """The kernel with the tree's depths and what its rows see, which stand behind the other arguments."""
+class _OfTree(NamedTuple):
+    """Arrays that a tree brings, or references to them.
 
-    def taking(*refs: Any, **how: Any) -> None:
-        kernel(*refs[:5], *refs[7:], tree=refs[5:7], **how)
-
-    return taking
-
-
-class _Paths(NamedTuple):
-    """Of a tile's rows, the paths that take all of them: as in paths.py, but made in the kernel.
-
-    Arrays are over the rows of the block, as many as the next power of two.
+    Paths (paths.py) are those of each of `tiles`; there is one for all rows where tiles would cut rows into pieces.
     """
 
-    sees: Array
-    depths: Array
-    is_end: Array
-    number: Array
-    """Of the path that ends with a row, if one does."""
-
-    def taking(self, row: Array) -> Array:
-        """The first path that takes each of these rows."""
-        takes = jax.lax.shift_right_logical(self.sees[None, :] + jnp.zeros_like(row[:, None]), row[:, None]) & 1
-        takes = (takes == 1) & self.is_end[None, :]
-        return jnp.min(jnp.where(takes, self.number[None, :], len(self.number)), axis=1)
-
-    def stored(self, path: Array, depth: Array) -> Array:
-        """The row where the path has a row of such a depth; 0 if it has none."""
-        rows = jnp.arange(len(self.sees), dtype=jnp.int32)
-        seen = jnp.sum(jnp.where(self.is_end & (self.number == path), self.sees, 0))
-        on_path = (jax.lax.shift_right_logical(jnp.full_like(rows, seen), rows) & 1) == 1
-        depths = jnp.where(on_path, self.depths, -1)
-        return jnp.sum(jnp.where(depths[None, :] == depth[:, None], rows[None, :], 0), axis=1)
+    depths: Any
+    last_blocks: Any
+    """[slots]: the block where the deepest row's keys end."""
+    counts: Any
+    path_of: Any
+    """[slots, tiles, rows]: the path that takes a row."""
+    last_seen: Any
+    pool_rows: Any
+    """[slots, tiles, paths, keys]: where the keys of the tree's blocks are, in the order of a chain."""
 
 
-def _paths(tree: tuple[Any, Any], slot: Array, first_row: Array, last_row: Array) -> _Paths:
-    depths_ref, sees_ref = tree
-    rows = depths_ref.shape[1]
-    row = jnp.arange(pl.next_power_of_2(rows), dtype=jnp.int32)
-    at = (jnp.full_like(row, slot), jnp.minimum(row, rows - 1))
-    sees, depths = plt.load(sees_ref.at[at]).astype(jnp.int32), plt.load(depths_ref.at[at])
-    of_tile = (row >= first_row) & (row <= jnp.minimum(last_row, rows - 1))
-    seen = jax.lax.shift_right_logical(sees[:, None] + jnp.zeros_like(row[None, :]), row[None, :]) & 1
-    is_end = of_tile & (jnp.sum(jnp.where(of_tile[:, None], seen, 0), axis=0) == 1)  # no other one sees it
-    number = jnp.sum(jnp.where(is_end[None, :] & (row[None, :] < row[:, None]), 1, 0), axis=1)
-    return _Paths(sees, depths, is_end, number)
+def _by_path(
+    tree: Ancestry,
+    starts: Int[Array, " B"],
+    page_table: Int[Array, "B P"],
+    tile: int,
+    group: int,
+    key_block: int,
+    page_size: int,
+    *,
+    ring: bool,
+) -> _OfTree:
+    """What a tree brings. These arrays are the same for all layers of a step: XLA makes them once."""
+    rows = tree.depths.shape[1]
+    paths = paths_of(tree, starts, rows if tile % group else min(rows, tile // group))
+    keys = (-(-(rows - 1) // key_block) + 1) * key_block
+    token = (starts // key_block * key_block)[:, None] + jnp.arange(keys, dtype=jnp.int32)[None]
+    stored = tree.stored(starts, token)  # [B, T, keys]
+    of_paths = jnp.take_along_axis(stored, paths.ends.reshape(len(starts), -1, 1), axis=1)
+    at = pool_rows(of_paths.reshape(len(starts), -1), page_table, page_size, ring=ring)
+    last_blocks = (starts + jnp.max(tree.depths, axis=1)) // key_block
+    path_of = jnp.argmax(paths.last_seen >= 0, axis=2).astype(jnp.int32)
+    at = at.reshape(*paths.ends.shape, keys)
+    return _OfTree(tree.depths, last_blocks, paths.counts, path_of, paths.last_seen, at)
+
+
+def _taking_paths(kernel: Callable[..., None]) -> Callable[..., None]:
+    """The kernel with what a tree brings, which stands behind the other arguments."""
+    count = len(_OfTree._fields)
+
+    def taking(*refs: Any, **how: Any) -> None:
+        kernel(*refs[:5], *refs[5 + count :], tree=_OfTree(*refs[5 : 5 + count]), **how)
+
+    return taking
 
 
 def _kernel(
@@ -236,7 +239,6 @@ def _kernel(
     splits: int,
     key_block: int,
     page_size: int,
-    num_pages: int,
     scale: float,
     window: int | None,
     causal: bool,
@@ -244,7 +246,7 @@ def _kernel(
     compact: bool,
     keys_axis: int,
     lanes: int,
-    tree: tuple[Any, Any] | None = None,
+    tree: _OfTree | None = None,
 ) -> None:
     """The last split of a tree has some `lanes`: programs that take every so many of its paths each."""
     place, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -256,8 +258,9 @@ def _kernel(
     row = jax.lax.div(line, group)
     of_line = (row, head * group + jax.lax.rem(line, group))
     key_dim = key_ref.shape[2]
-    query = _lines(query_ref, slot, of_line, 0, key_dim)
-    value_query = _lines(query_ref, slot, of_line, key_dim, value_ref.shape[2]) if compact else None
+    # Scores are not scaled: masked blocks would round the product, the others would not, and a row's bits would differ.
+    query = _lines(query_ref, slot, of_line, 0, key_dim, scale)
+    value_query = _lines(query_ref, slot, of_line, key_dim, value_ref.shape[2], scale) if compact else None
     in_share = split < shares
 
     def block_of(token: Array) -> Array:
@@ -280,7 +283,7 @@ def _kernel(
         scores = _meet(query, block[0], keys_axis)  # [tile, key_block], or the keys first
         if value_query is not None:
             scores += _meet(value_query, block[1], keys_axis)
-        return add_keys(sums, scores * scale, seen, block[1], keys_axis=keys_axis)
+        return add_keys(sums, scores, seen, block[1], keys_axis=keys_axis)
 
     def seen_from(place: Array, token: Array, last_seen: Array) -> Array:
         """Which keys of the block that begins at a token count for lines that stand at and see these tokens."""
@@ -301,54 +304,56 @@ def _kernel(
         first_token = start + jax.lax.div(index * tile, group)
         last_token = start + jnp.minimum(jax.lax.div(index * tile + (tile - 1), group), rows - 1)
         lowest, highest = (block_of(each) for each in ((first_token, last_token) if causal else (last_row, last_row)))
+        end = highest + 1
         if not ring:
-            highest = jnp.minimum(highest, num_pages * (page_size // key_block) - 1)
-        spans = (highest, lowest, highest + 1)
+            blocks = table_ref.shape[1] * (page_size // key_block)
+            lowest, highest, end = (jnp.minimum(each, blocks) for each in (lowest, highest, end))
     else:
-        token = last_seen = start + plt.load(tree[0].at[jnp.full_like(row, slot), row])
+        token = last_seen = start + plt.load(tree.depths.at[jnp.full_like(row, slot), row])
         first_token = start
-        spans = (start_block, start_block, start_block)
+        lowest = highest = end = start_block
     first_block = jnp.int32(0) if window is None else block_of(jnp.maximum(first_token - (window - 1), 0))
-    begin, visits, step = dealt(first_block, *spans)
+    begin, visits, step = dealt(first_block, highest, lowest, end)
 
     def visit(masked: bool, turn: Array, sums: Sums) -> Sums:
         place = (begin + turn * step) * key_block
         block = _load_block(key_ref, value_ref, table_ref, slot, head, key_block, page_size, ring, place)
         return add(sums, block, seen_from(place, token, last_seen) if masked else None)
 
-    sums, done = no_sums(tile, value_ref.shape[2], keys_axis=keys_axis), 0
+    sums, clear = no_sums(tile, value_ref.shape[2], keys_axis=keys_axis), 0
     if window is None:  # before the first of the lines' last blocks all lines see all keys
-        clear = jnp.minimum(spans[1], spans[2])
-        done = dealt(first_block, jnp.minimum(spans[0], clear), clear, clear)[1]
-        sums = jax.lax.fori_loop(0, done, functools.partial(visit, False), sums)
-    sums = jax.lax.fori_loop(done, visits, functools.partial(visit, True), sums)
+        clear = dealt(first_block, lowest, lowest, lowest)[1]
+        sums = jax.lax.fori_loop(0, clear, functools.partial(visit, False), sums)
+    sums = jax.lax.fori_loop(clear, visits, functools.partial(visit, True), sums)
     valid = None
     if tree is not None:
-        paths = _paths(tree, slot, jax.lax.div(index * tile, group), jax.lax.div(index * tile + (tile - 1), group))
-        path_of = paths.taking(row)
-        last_block = block_of(start + jnp.max(paths.depths))
+        of_tile = (slot, index if tree.counts.shape[1] > 1 else 0)
+        row_of_tile = row - (index * (tile // group) if tree.counts.shape[1] > 1 else 0)
+
+        def of_rows(ref: Any, *path: Array) -> Array:
+            return plt.load(ref.at[(*(jnp.full_like(row, each) for each in (*of_tile, *path)), row_of_tile)])
+
+        last_block = tree.last_blocks[slot]
         tree_begin, of_path, tree_step = dealt(start_block, last_block, start_block, last_block + 1)
         lane_step = 1
         if lanes > 1:
-            valid = in_share | (jax.lax.rem(path_of, lanes) == lane)
+            valid = in_share | (jax.lax.rem(of_rows(tree.path_of), lanes) == lane)
             lane_step = lanes - in_share.astype(jnp.int32) * (lanes - 1)
-        count = jnp.sum(paths.is_end.astype(jnp.int32))
-        of_lane = jax.lax.div(jnp.maximum(count - lane, 0) + lane_step - 1, lane_step)
+        paths = jax.lax.div(jnp.maximum(tree.counts[of_tile] - lane, 0) + lane_step - 1, lane_step)
 
         def visit_path(turn: Array, sums: Sums) -> Sums:
             path = lane + jax.lax.div(turn, of_path) * lane_step
-            place = (tree_begin + jax.lax.rem(turn, of_path) * tree_step) * key_block
-            key_token = place + jnp.arange(key_block, dtype=jnp.int32)
-            stored = jnp.where(key_token < start, key_token, start + paths.stored(path, key_token - start))
-            at = pool_row(table_ref, jnp.full_like(stored, slot), stored, page_size, ring)
+            number = tree_begin + jax.lax.rem(turn, of_path) * tree_step
+            keys = (number - start_block) * key_block + jnp.arange(key_block, dtype=jnp.int32)
+            at = plt.load(tree.pool_rows.at[(*(jnp.full_like(keys, each) for each in (*of_tile, path)), keys)])
+            last_seen = of_rows(tree.last_seen, path)
             block = (_gathered(key_ref, at, head), _gathered(value_ref, at, head))
-            last_seen = jnp.where(path_of == path, token, -1)
-            return add(sums, block, seen_from(place, token, last_seen))
+            return add(sums, block, seen_from(number * key_block, last_seen, last_seen))
 
-        sums = jax.lax.fori_loop(0, of_lane * of_path, visit_path, sums)
-    highest, total, mixed = sums
+        sums = jax.lax.fori_loop(0, paths * of_path, visit_path, sums)
+    most, total, mixed = sums
     stored = (split, slot, head, pl.ds(index * tile, tile))
-    plt.store(highest_ref.at[stored], highest.reshape(tile), mask=valid)
+    plt.store(highest_ref.at[stored], most.reshape(tile), mask=valid)
     plt.store(total_ref.at[stored], total.reshape(tile), mask=valid)
     of_numbers = None if valid is None else jnp.broadcast_to(valid[:, None], (tile, value_ref.shape[2]))
     plt.store(mixed_ref.at[(*stored, slice(None))], mixed if keys_axis else mixed.T, mask=of_numbers)
@@ -371,15 +376,16 @@ def _gathered(pool_ref, at: Array, head: Array) -> Array:
     return plt.load(pool_ref.at[jnp.broadcast_to(at[:, None], shape), jnp.broadcast_to(head, shape), column])
 
 
-def _lines(query_ref, slot, of_line, first: int, width: int):
-    """Numbers `first..` of the queries of some rows and heads; loads take slices only or arrays only."""
+def _lines(query_ref, slot, of_line, first: int, width: int, scale: float):
+    """Numbers `first..` of the queries of some rows and heads, scaled; loads take slices only or arrays only."""
     shape = (of_line[0].shape[0], width)
     column = jnp.broadcast_to(first + jnp.arange(width, dtype=jnp.int32)[None, :], shape)
     row, head = (jnp.broadcast_to(each[:, None], shape) for each in of_line)
-    return plt.load(query_ref.at[jnp.broadcast_to(slot, shape), row, head, column])
+    query = plt.load(query_ref.at[jnp.broadcast_to(slot, shape), row, head, column])
+    return (query.astype(jnp.float32) * scale).astype(query.dtype)
 
 
 def _meet(lines: Array, keys: Array, keys_axis: int) -> Array:
-    """Scores of lines and keys, before they are scaled."""
+    """Scores of lines and keys."""
     first, second = (lines, keys) if keys_axis else (keys, lines)
     return plt.dot(first, second, trans_b=True, precision=precision_of(lines))

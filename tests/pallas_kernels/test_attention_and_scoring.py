@@ -232,6 +232,16 @@ def test_a_node_has_the_bits_of_a_chain_of_its_ancestors(name: str, implementati
     compare_nodes(case, arguments, functools.partial(ATTENTION[implementation], **keywords), range(case.rows))
 
 
+@pytest.mark.parametrize("group", [3, 4])
+def test_nodes_of_a_tree_of_32_rows_have_the_bits_of_steps_of_16(group: int) -> None:
+    """Several tiles and lanes; with groups of 3 a tile ends within a row."""
+    case = AttentionCase("", (150, 27), 32, 2 * group, 2, 32, 16, 16, tree=True)
+    arguments, keywords = case.arguments()
+    config = attention_triton.Config(32, 32, programs=264)
+    attend = functools.partial(attention_triton.block_attention, **keywords, config=config, interpret=True)
+    compare_nodes(case, arguments, attend, range(0, 32, 3), step=STEP_ROWS)
+
+
 @NEEDS_INTERPRETER
 @pytest.mark.parametrize(
     ("starts", "rows", "heads", "page_size", "nodes"),
@@ -292,6 +302,41 @@ def compare_nodes(
         of_chain = attend(in_order.astype(queries.dtype), *moved, table, after)
         slots = np.arange(len(last))
         assert np.array_equal(of_tree[slots, node], np.asarray(of_chain)[slots, last])
+
+
+@pytest.mark.parametrize(("pages", "heads", "kv_heads"), [(5, 9, 1), (16, 4, 2)])
+def test_a_row_has_the_same_bits_wherever_its_step_begins(pages: int, heads: int, kv_heads: int) -> None:
+    """Its scale is no power of two: a product that one loop rounds and another does not is seen."""
+    generator = np.random.default_rng(pages)
+    queries = generator.standard_normal((1, 40, heads, 32), np.float32)
+    pools = [jnp.asarray(generator.standard_normal((16 * (pages + 1), kv_heads, 32), np.float32)) for _ in range(2)]
+    table = jnp.asarray(1 + generator.permutation(pages)[None], jnp.int32)
+    first = 16 * pages - 40
+    attend = functools.partial(
+        attention_triton.block_attention,
+        page_size=16,
+        scale=32**-0.5,
+        config=attention_triton.Config(32, 32),
+        interpret=True,
+    )
+    results = [
+        np.asarray(attend(queries[:, begin : begin + 16], *pools, table, jnp.asarray([first + begin], jnp.int32)))
+        for begin in range(24)
+    ]
+    for begin, result in enumerate(results):
+        for later in range(begin + 1, min(begin + 16, 24)):
+            assert np.array_equal(result[:, later - begin :], results[later][:, : begin - later or None])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("programs", [1, 264])
+def test_rows_past_the_table_take_no_keys_from_those_inside(causal: bool, programs: int) -> None:
+    case = AttentionCase("", (120,), 16, 4, 2, 16, 16, 8, causal=causal)
+    arguments, keywords = case.arguments()
+    config = attention_triton.Config(32, 32, programs=programs)
+    result = attention_triton.block_attention(*arguments, **keywords, config=config, interpret=True)
+    expected = reference.block_attention(*arguments, **keywords)
+    np.testing.assert_allclose(result[:, :8], expected[:, :8], atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ATTENTION)
