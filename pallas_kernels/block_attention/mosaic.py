@@ -10,7 +10,7 @@ the other warpgroup. A third warpgroup copies keys and values to shared memory a
       warpgroup 0, 1   parts of a block's scores <-> running maximum and sum -> values 0..255, values 256..511
       warpgroup 2      copies: keys [64, 128] (one slot), halves of the values [64, 256] (three slots)
 
-Splits, masks and results are those of triton.py; combine.py puts the splits together.
+Blocks of keys are dealt out to splits in turn, and combine.py puts these together.
 
 Rows of a tree read the blocks before the tree as a chain does. Then, in the splits that own them, come the blocks where
 the tree is stored, once for each path of the tile's rows (paths.py): XLA has gathered these keys and values in the
