@@ -172,14 +172,14 @@ def matmuls() -> list[str]:
 
 
 def shares() -> list[str]:
-    """What a step of the small model spends its time on."""
-    lines = ["| SmolLM2 on an H100 | kernel | calls | time | share |", "|---|---|---|---|---|"]
-    for kind in read("h100-smollm2-profile.json")["kinds"]:
-        for row in kind["operations"][:8]:
-            lines.append(
-                f"| {kind['kind']}, {kind['busy_us']:.0f} µs in {kind['kernels']:.0f} kernels | `{row['name']}` "
-                f"| {row['calls']:.0f} | {row['us']:.0f} µs | {100 * row['share']:.0f} % |"
-            )
+    """What a step spends its time on."""
+    lines = ["| a step on an H100 | kernel | calls | time | share |", "|---|---|---|---|---|"]
+    for model, file in (("SmolLM2", "h100-smollm2-profile.json"), ("Gemma 4 31B, 4K", "h100-gemma4-31b-profile.json")):
+        for kind in read(file)["kinds"]:
+            step = f"{model}, {kind['kind']}: {kind['busy_us']:.0f} µs in {kind['kernels']:.0f} kernels"
+            for row in kind["operations"][:8]:
+                share = f"{100 * row['share']:.0f} %"
+                lines.append(f"| {step} | `{row['name']}` | {row['calls']:.0f} | {row['us']:.0f} µs | {share} |")
     return lines
 
 

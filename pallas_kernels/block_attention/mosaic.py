@@ -34,9 +34,8 @@ from pallas_kernels.block_attention import hopper
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
 from pallas_kernels.block_attention.hopper import LINES, PROGRAMS
-from pallas_kernels.block_attention.paths import Paths, paths_of
+from pallas_kernels.block_attention.paths import Paths, keys_of_paths, paths_of
 from pallas_kernels.online_softmax import LOWEST
-from pallas_kernels.paged import pool_rows
 
 KEY_BLOCK = 64
 HEAD_DIM, KEY_DIM = 512, 128
@@ -150,10 +149,9 @@ def _gathered(
     key_pool: Array, value_pool: Array, page_table: Array, starts: Array, tree: Ancestry, paths: Paths, page_size: int
 ) -> tuple[Float[Array, "paths*keys kv_heads K"], Float[Array, "paths*keys kv_heads D"]]:
     """K and V of all paths (of slots, of tiles): the blocks that the tree may lie in, in the order of a chain."""
-    token = (starts // KEY_BLOCK * KEY_BLOCK)[:, None] + jnp.arange(_TREE_BLOCKS * KEY_BLOCK, dtype=jnp.int32)[None]
-    stored = tree.stored(starts, token)  # [B, T, keys]
-    of_paths = jnp.take_along_axis(stored, paths.ends.reshape(len(starts), -1, 1), axis=1)
-    at = pool_rows(of_paths.reshape(len(starts), -1), page_table, page_size, ring=False).reshape(-1)
+    at = keys_of_paths(
+        tree, paths, starts, page_table, key_block=KEY_BLOCK, blocks=_TREE_BLOCKS, page_size=page_size
+    ).reshape(-1)
     return jnp.take(key_pool, at, axis=0, mode="clip"), jnp.take(value_pool, at, axis=0, mode="clip")
 
 

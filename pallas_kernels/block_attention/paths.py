@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.block_attention.ancestry import Ancestry
+from pallas_kernels.paged import pool_rows
 
 
 @jax.tree_util.register_dataclass
@@ -50,3 +51,22 @@ def paths_of(tree: Ancestry, starts: Int[Array, " B"], size: int) -> Paths:
         jnp.sum(jnp.where(ends, number.astype(jnp.int32), 0), axis=-1),
         jnp.where(on_path & ~taken, last_seen[:, :, None], -1),
     )
+
+
+def keys_of_paths(
+    tree: Ancestry,
+    paths: Paths,
+    starts: Int[Array, " B"],
+    page_table: Int[Array, "B P"],
+    *,
+    key_block: int,
+    blocks: int,
+    page_size: int,
+    ring: bool = False,
+) -> Int[Array, "B tiles paths keys"]:
+    """The pool's rows for the keys of the `blocks` that begin with the one where the tree does, as a chain has them."""
+    token = (starts // key_block * key_block)[:, None] + jnp.arange(blocks * key_block, dtype=jnp.int32)[None]
+    stored = tree.stored(starts, token)  # [B, T, keys]
+    of_paths = jnp.take_along_axis(stored, paths.ends.reshape(len(starts), -1, 1), axis=1)
+    at = pool_rows(of_paths.reshape(len(starts), -1), page_table, page_size, ring=ring)
+    return at.reshape(*paths.ends.shape, blocks * key_block)

@@ -34,9 +34,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
-from pallas_kernels.block_attention.paths import paths_of
+from pallas_kernels.block_attention.paths import keys_of_paths, paths_of
 from pallas_kernels.online_softmax import LEAST_TILE, Sums, add_keys, no_sums, precision_of
-from pallas_kernels.paged import pool_rows, why_not
+from pallas_kernels.paged import why_not
 from pallas_kernels.tuning import tuned
 
 TUNED = Path(__file__).with_name("tuned.json")
@@ -202,14 +202,12 @@ def _by_path(
     """What a tree brings. These arrays are the same for all layers of a step: XLA makes them once."""
     rows = tree.depths.shape[1]
     paths = paths_of(tree, starts, rows if tile % group else min(rows, tile // group))
-    keys = (-(-(rows - 1) // key_block) + 1) * key_block
-    token = (starts // key_block * key_block)[:, None] + jnp.arange(keys, dtype=jnp.int32)[None]
-    stored = tree.stored(starts, token)  # [B, T, keys]
-    of_paths = jnp.take_along_axis(stored, paths.ends.reshape(len(starts), -1, 1), axis=1)
-    at = pool_rows(of_paths.reshape(len(starts), -1), page_table, page_size, ring=ring)
+    blocks = -(-(rows - 1) // key_block) + 1
+    at = keys_of_paths(
+        tree, paths, starts, page_table, key_block=key_block, blocks=blocks, page_size=page_size, ring=ring
+    )
     last_blocks = (starts + jnp.max(tree.depths, axis=1)) // key_block
     path_of = jnp.argmax(paths.last_seen >= 0, axis=2).astype(jnp.int32)
-    at = at.reshape(*paths.ends.shape, keys)
     return _OfTree(tree.depths, last_blocks, paths.counts, path_of, paths.last_seen, at)
 
 

@@ -61,3 +61,18 @@ def test_every_row_is_taken_once_by_a_path_that_it_lies_on(rows: int, size: int)
             assert int(sees[int(paths.ends[0, tile, on[0]])]) >> row & 1
             assert int(paths.last_seen[0, tile, on[0], row % size]) == 7 + int(tree.depths[0, row])
         assert (np.asarray(paths.last_seen).reshape(-1, size) >= 0).sum() == rows  # and no row that there is not
+
+
+def test_keys_of_a_path_stand_where_a_chain_has_them() -> None:
+    """A tree that begins at token 6, in a ring of three pages of 4 tokens; its rows 1 and 2 hang on the root."""
+    tree, starts = tree_of(0, 0, 1), jnp.asarray([6], jnp.int32)
+    paths = paths_of(tree, starts, 4)
+    table = jnp.asarray([[5, 7, 2]], jnp.int32)
+    keys = paths_module.keys_of_paths(
+        tree, paths, starts, table, key_block=4, blocks=2, page_size=4, ring=True
+    )  # tokens 4 to 11
+    stored = {2: [4, 5, 6, 8], 3: [4, 5, 6, 7, 9]}  # by the row at a path's end
+    pages = table[0].tolist()
+    for path in range(2):
+        expected = [pages[token // 4] * 4 + token % 4 for token in stored[int(paths.ends[0, 0, path])]]
+        assert keys[0, 0, path, : len(expected)].tolist() == expected
