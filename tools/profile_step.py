@@ -23,11 +23,12 @@ from typing import Any
 import jax
 
 from dflash_jax.bench.report import environment
-from dflash_jax.bench.shapes import TARGETS, random_programs
+from dflash_jax.bench.shapes import TARGETS, random_programs, slots_at
 from dflash_jax.engine.engine import Engine
 from dflash_jax.engine.loading import load_model
-from dflash_jax.engine.programs import Programs, new_slots, sampling_parameters
+from dflash_jax.engine.programs import Programs, sampling_parameters
 from dflash_jax.speculate.pace import PLAIN
+from dflash_jax.speculate.step import Slots
 
 VISITS = 4
 
@@ -67,12 +68,12 @@ def programs_of(arguments: argparse.Namespace) -> Iterator[Programs]:
 
 def profile(programs: Programs, rows: int, context: int) -> dict[str, Any]:
     """Events of a few visits, per step; the first visit compiles and is not among them."""
-    visit_once(programs, rows, context)
-    steps = 0
+    steps_of(programs, slots_at(programs, context), rows)
+    slots, steps = [slots_at(programs, context) for _ in range(VISITS)], 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(VISITS):
-                steps += visit_once(programs, rows, context)
+            for each in slots:
+                steps += steps_of(programs, each, rows)
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
         planes = list(data.planes)
@@ -106,10 +107,8 @@ def profile(programs: Programs, rows: int, context: int) -> dict[str, Any]:
     }
 
 
-def visit_once(programs: Programs, rows: int, context: int) -> int:
+def steps_of(programs: Programs, slots: Slots, rows: int) -> int:
     """Steps of one visit."""
-    tables = programs.whole_tables()
-    slots = new_slots(tables, length=context, position=context, anchor=5, limit=1 << 20, stop_ids=())
     visit, _ = programs.decode(slots, sampling_parameters(temperature=0.0), rows, max_steps=16)
     return int(visit.steps)
 

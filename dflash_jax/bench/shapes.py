@@ -34,6 +34,7 @@ from dflash_jax.models.drafter import Drafter
 from dflash_jax.models.hf_config import from_hf
 from dflash_jax.models.parameters import Parameter, drafter_parameters, target_parameters
 from dflash_jax.speculate.pace import PLAIN
+from dflash_jax.speculate.step import Slots
 from pallas_kernels.quantised_matmul.api import W4, W8
 
 _GEMMA4 = {
@@ -109,13 +110,14 @@ def run(
     The rows of a block are a `tree` of so many or, with 0, a chain; None is what an engine does.
     """
     enable_persistent_cache()
+    config = from_hf(TARGETS[shape])
     with progress_bar() as progress:
         progress("random weights", 0, 0)
         programs, sizes = random_programs(shape, max(contexts), tree=tree)
         rows = []
         for context in contexts:
             progress(f"context {context}", len(rows), len(contexts))
-            rows.append(_row(programs, from_hf(TARGETS[shape]), context, sizes))
+            rows.append(_row(programs, config, context, sizes))
     model = f"{shape} and drafter, random w4 weights"
     report = {**environment(), "model": model, "tree": programs.profile.tree_rows, "rows": rows}
     _print(report)
@@ -180,14 +182,7 @@ def _visit(programs: Programs, context: int, rows: int) -> tuple[float, np.ndarr
     """
     seconds, best, tokens = [], math.inf, np.zeros(0, np.int32)
     for _ in range(4):
-        slots = new_slots(
-            programs.whole_tables(),
-            length=context,
-            position=context,
-            anchor=5,
-            limit=1 << 20,
-            stop_ids=(),
-        )
+        slots = slots_at(programs, context)
         started = time.perf_counter()
         visit, _ = programs.decode(slots, sampling_parameters(temperature=0.0), rows, max_steps=_STEPS)
         steps = int(visit.steps)
@@ -195,6 +190,11 @@ def _visit(programs: Programs, context: int, rows: int) -> tuple[float, np.ndarr
         best = min(best, seconds[-1] / steps)
         tokens = np.asarray(visit.tokens)[0, : int(visit.count[0])]
     return best, tokens, seconds[0]
+
+
+def slots_at(programs: Programs, context: int) -> Slots:
+    """A sequence that is alone, goes on behind so many tokens, and does not end."""
+    return new_slots(programs.whole_tables(), length=context, position=context, anchor=5, limit=1 << 20, stop_ids=())
 
 
 def _parameters(table: dict[str, Parameter], weights: str) -> dict[str, Any]:

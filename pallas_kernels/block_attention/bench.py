@@ -19,6 +19,14 @@ from pallas_kernels.cases.attention import LARGE_ATTENTION, AttentionCase
 from pallas_kernels.timing import copies_of
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Cases of one kind of shape, steps and trees: they have one config, or their bits would not be equal."""
+
+    name: str
+    cases: tuple[AttentionCase, ...]
+
+
 def sweep(end: float, file: Path = triton.TUNED) -> Iterator[tuple[Group, dict[str, Any]]]:
     """Tunes each kind of shape by all of its large cases, but for a drafter's, which have a kernel of their own."""
     groups: dict[str, list[AttentionCase]] = {}
@@ -26,14 +34,6 @@ def sweep(end: float, file: Path = triton.TUNED) -> Iterator[tuple[Group, dict[s
         if case.causal:
             groups.setdefault(_key(case), []).append(case)
     return tuning.sweep([Group(key, tuple(cases)) for key, cases in groups.items()], tune, end, file)
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Cases of one kind of shape, steps and trees: they have one config, or their bits would not be equal."""
-
-    name: str
-    cases: tuple[AttentionCase, ...]
 
 
 def tune(group: Group, end: float) -> tuning.Found | None:

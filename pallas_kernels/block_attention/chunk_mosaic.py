@@ -25,6 +25,7 @@ from pallas_kernels.block_attention import chunk_tile, hopper
 from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Work
 from pallas_kernels.block_attention.combine import combine, splits_for
+from pallas_kernels.block_attention.dealing import first_from, visits_before
 from pallas_kernels.block_attention.hopper import PROGRAMS
 
 LEAST_ROWS = 128
@@ -194,12 +195,12 @@ def _kernel(
             all_from = jax.lax.div(jnp.maximum(of_last - (window - 1), 0) + (key_block - 1), key_block)
         if not ring:
             end = jnp.minimum(end, pages * (page_size // key_block))
-        begin += jax.lax.rem(split + splits - jax.lax.rem(begin, splits), splits)
+        begin = first_from(begin, split, splits)
 
         def token_of(turn: Array) -> Array:
             return (begin + turn * splits) * key_block
 
-        end, all_from, all_to = (hopper.visits_before(block, begin, splits) for block in (end, all_from, all_to))
+        end, all_from, all_to = (visits_before(block, begin, splits) for block in (end, all_from, all_to))
         visits = jnp.maximum(end, 1)  # what begins with a block has one, even if no row sees it
         return Work(tile, head, head, slot, split, first_row, of_first, token_of, all_from, all_to, visits)
 

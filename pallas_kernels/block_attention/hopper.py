@@ -22,11 +22,6 @@ def why_not_pools(*pools: Any) -> str | None:
     return None if other is None else f"takes pools of bf16, got {other}"
 
 
-def visits_before(end: Array, first: Array, splits: int) -> Array:
-    """How many blocks before `end` a split visits that begins with block `first` and takes every so many of them."""
-    return jax.lax.div(jnp.maximum(end - first, 0) + (splits - 1), splits)
-
-
 def how(*, interpret: bool) -> dict[str, Any]:
     """What `plgpu.kernel` is to do with a kernel."""
     if not interpret:

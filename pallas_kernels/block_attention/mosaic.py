@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.block_attention import hopper
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
+from pallas_kernels.block_attention.dealing import visits_before
 from pallas_kernels.block_attention.hopper import LINES, PROGRAMS
 from pallas_kernels.block_attention.paths import Paths, keys_of_paths, paths_of
 from pallas_kernels.online_softmax import LOWEST
@@ -218,8 +219,8 @@ def _kernel(
         clear = jnp.minimum(jax.lax.div(start + first_row + 1, KEY_BLOCK), end)  # all rows see all of these blocks
     else:
         end = clear = tree_block = jnp.minimum(jax.lax.div(start, KEY_BLOCK), blocks)
-    visits = shared = hopper.visits_before(end, split, splits)
-    all_seen = hopper.visits_before(clear, split, splits)
+    visits = shared = visits_before(end, split, splits)
+    all_seen = visits_before(clear, split, splits)
     if paths is not None:
         counts_ref, seen_ref, path_keys_ref, path_values_ref = paths
         count = counts_ref[slot, tile]

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
+from pallas_kernels.block_attention.dealing import first_from, visits_before
 from pallas_kernels.block_attention.paths import keys_of_paths, paths_of
 from pallas_kernels.online_softmax import LEAST_TILE, Sums, add_keys, no_sums, precision_of
 from pallas_kernels.paged import why_not
@@ -128,6 +128,12 @@ def block_attention(
     key_block = min(config.key_block * 2 // key_pool.dtype.itemsize, page_size)
     programs = batch * kv_heads * -(-alike * group // tile)
     splits = splits_for(config.programs // programs, page_table.shape[1] * page_size // key_block)
+    whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
+    shape = (splits, batch, kv_heads, tiles * tile)
+    lanes, of_tree = 1, ()
+    if tree is not None:
+        of_tree = _by_path(tree, starts, page_table, tile, group, key_block, page_size, ring=ring)
+        lanes = -(-of_tree.path_of.shape[2] // ROWS_PER_LANE) if splits > 1 else 1
     kernel = functools.partial(
         _kernel,
         rows=rows,
@@ -142,16 +148,10 @@ def block_attention(
         ring=ring,
         compact=compact,
         keys_axis=0 if config.keys_first else 1,
+        lanes=lanes,
     )
-    whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
-    shape = (splits, batch, kv_heads, tiles * tile)
-    lanes, of_tree = 1, ()
-    if tree is not None:
-        of_tree = _by_path(tree, starts, page_table, tile, group, key_block, page_size, ring=ring)
-        lanes = -(-of_tree.path_of.shape[2] // ROWS_PER_LANE) if splits > 1 else 1
-        kernel = _taking_paths(kernel)
     mixed, highest, total = pl.pallas_call(
-        functools.partial(kernel, lanes=lanes),
+        kernel,
         grid=(batch * (splits - 1 + lanes), kv_heads, tiles),
         in_specs=[whole] * (5 + len(of_tree)),
         out_specs=[whole] * 3,
@@ -211,26 +211,13 @@ def _by_path(
     return _OfTree(tree.depths, last_blocks, paths.counts, path_of, paths.last_seen, at)
 
 
-def _taking_paths(kernel: Callable[..., None]) -> Callable[..., None]:
-    """The kernel with what a tree brings, which stands behind the other arguments."""
-    count = len(_OfTree._fields)
-
-    def taking(*refs: Any, **how: Any) -> None:
-        kernel(*refs[:5], *refs[5 + count :], tree=_OfTree(*refs[5 : 5 + count]), **how)
-
-    return taking
-
-
 def _kernel(
     query_ref,
     key_ref,
     value_ref,
     table_ref,
     starts_ref,
-    mixed_ref,
-    highest_ref,
-    total_ref,
-    *,
+    *refs,
     rows: int,
     group: int,
     tile: int,
@@ -244,9 +231,13 @@ def _kernel(
     compact: bool,
     keys_axis: int,
     lanes: int,
-    tree: _OfTree | None = None,
 ) -> None:
-    """The last split of a tree has some `lanes`: programs that take every so many of its paths each."""
+    """`refs` are what a tree brings, if the rows form one, and the results.
+
+    The last split of a tree has some `lanes`: programs that take every so many of its paths each.
+    """
+    *of_tree, mixed_ref, highest_ref, total_ref = refs
+    tree = _OfTree(*of_tree) if of_tree else None
     place, head, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     shares = splits - 1
     slot, part = jax.lax.div(place, shares + lanes), jax.lax.rem(place, shares + lanes)
@@ -264,6 +255,10 @@ def _kernel(
     def block_of(token: Array) -> Array:
         return jax.lax.div(token, key_block)
 
+    def one_or(other: int, flag: Array) -> Array:
+        """The other number where the flag is set; jax 0.10 makes booleans of small constants that it chooses from."""
+        return 1 + flag.astype(jnp.int32) * (other - 1)
+
     def dealt(first: Array, share_end: Array, last_from: Array, end: Array) -> tuple[Array, Array, Array | int]:
         """The program's first block, how many it visits, and the step from one to the next.
 
@@ -271,10 +266,10 @@ def _kernel(
         """
         if not shares:
             return first, end - first, 1
-        begin = first + jax.lax.rem(split + shares - jax.lax.rem(first, shares), shares)
-        visits = jax.lax.div(jnp.maximum(share_end - begin, 0) + shares - 1, shares)
+        begin = first_from(first, split, shares)
+        visits = visits_before(share_end, begin, shares)
         begin, visits = (jnp.where(in_share, *pair) for pair in ((begin, last_from), (visits, end - last_from)))
-        return begin, visits, 1 + in_share.astype(jnp.int32) * (shares - 1)
+        return begin, visits, one_or(shares, in_share)
 
     def add(sums: Sums, block: tuple[Array, Array], seen: Array | None) -> Sums:
         """The sums with a block of keys and values, which all lines see if nothing else is said."""
@@ -325,8 +320,8 @@ def _kernel(
     sums = jax.lax.fori_loop(clear, visits, functools.partial(visit, True), sums)
     valid = None
     if tree is not None:
-        of_tile = (slot, index if tree.counts.shape[1] > 1 else 0)
-        row_of_tile = row - (index * (tile // group) if tree.counts.shape[1] > 1 else 0)
+        number = index if tree.counts.shape[1] > 1 else 0
+        of_tile, row_of_tile = (slot, number), row - number * (tile // group)
 
         def of_rows(ref: Any, *path: Array) -> Array:
             return plt.load(ref.at[(*(jnp.full_like(row, each) for each in (*of_tile, *path)), row_of_tile)])
@@ -336,17 +331,17 @@ def _kernel(
         lane_step = 1
         if lanes > 1:
             valid = in_share | (jax.lax.rem(of_rows(tree.path_of), lanes) == lane)
-            lane_step = lanes - in_share.astype(jnp.int32) * (lanes - 1)
-        paths = jax.lax.div(jnp.maximum(tree.counts[of_tile] - lane, 0) + lane_step - 1, lane_step)
+            lane_step = one_or(lanes, ~in_share)
+        paths = visits_before(tree.counts[of_tile], lane, lane_step)
 
         def visit_path(turn: Array, sums: Sums) -> Sums:
             path = lane + jax.lax.div(turn, of_path) * lane_step
-            number = tree_begin + jax.lax.rem(turn, of_path) * tree_step
-            keys = (number - start_block) * key_block + jnp.arange(key_block, dtype=jnp.int32)
+            block_number = tree_begin + jax.lax.rem(turn, of_path) * tree_step
+            keys = (block_number - start_block) * key_block + jnp.arange(key_block, dtype=jnp.int32)
             at = plt.load(tree.pool_rows.at[(*(jnp.full_like(keys, each) for each in (*of_tile, path)), keys)])
             last_seen = of_rows(tree.last_seen, path)
             block = (_gathered(key_ref, at, head), _gathered(value_ref, at, head))
-            return add(sums, block, seen_from(number * key_block, last_seen, last_seen))
+            return add(sums, block, seen_from(block_number * key_block, last_seen, last_seen))
 
         sums = jax.lax.fori_loop(0, paths * of_path, visit_path, sums)
     most, total, mixed = sums

@@ -93,6 +93,12 @@ def _random_tree(slots: int, rows: int) -> Ancestry:
     return Ancestry(jnp.asarray(depths), jnp.asarray(sees))
 
 
+def _in_a_ring(name: str, length: int, kv_heads: int, *, tree: bool = False) -> AttentionCase:
+    """16 rows in one of Gemma 4's layers with a window."""
+    sizes, how = (16, 2 * kv_heads, kv_heads, 256, 128, 17), {"window": 1024, "ring": True, "tree": tree}
+    return AttentionCase(name, (length,), *sizes, dtype="bfloat16", **how)
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoringCase:
     """Arguments of token_scores."""
@@ -297,19 +303,7 @@ LARGE_ATTENTION = (
     AttentionCase("Qwen3-8B step, 32K", (32_000,), 16, 32, 8, 128, 128, 256, dtype="bfloat16"),
     AttentionCase("Gemma 3 27B local step, 32K", (32_000,), 16, 32, 16, 128, 128, 256, dtype="bfloat16", window=1024),
     AttentionCase("Gemma 4 31B local step, 32K", (32_000,), 16, 32, 16, 256, 128, 256, dtype="bfloat16", window=1024),
-    AttentionCase(
-        "Gemma 4 31B local step in a ring, 128K",
-        (131_000,),
-        16,
-        32,
-        16,
-        256,
-        128,
-        17,
-        dtype="bfloat16",
-        window=1024,
-        ring=True,
-    ),
+    _in_a_ring("Gemma 4 31B local step in a ring, 128K", 131_000, 16),
     AttentionCase("Gemma 4 31B global step, 4K of 32K", (4_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
     AttentionCase("Gemma 4 31B global step, 32K", (32_000,), 16, 32, 4, 512, 128, 256, dtype="bfloat16"),
     AttentionCase(
@@ -319,23 +313,8 @@ LARGE_ATTENTION = (
         "Gemma 4 31B global step, compact, 128K", (131_000,), 16, 32, 4, 512, 128, 1024, dtype="bfloat16", key_dim=128
     ),
     AttentionCase("SmolLM2 tree, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16", tree=True),
-    *(
-        AttentionCase(
-            f"Gemma 4 {size} local tree in a ring, 128K",
-            (130_960,),
-            16,
-            2 * kv_heads,
-            kv_heads,
-            256,
-            128,
-            17,
-            dtype="bfloat16",
-            window=1024,
-            ring=True,
-            tree=True,
-        )
-        for size, kv_heads in (("31B", 16), ("26B-A4B", 8))
-    ),
+    _in_a_ring("Gemma 4 31B local tree in a ring, 128K", 130_960, 16, tree=True),
+    _in_a_ring("Gemma 4 26B-A4B local tree in a ring, 128K", 130_960, 8, tree=True),
     AttentionCase("Qwen3-8B tree of 32 rows, 32K", (32_000,), 32, 32, 8, 128, 128, 256, dtype="bfloat16", tree=True),
     AttentionCase("SmolLM2 drafter, 8K", (8_000,), 16, 9, 3, 64, 128, 64, dtype="bfloat16", causal=False),
     AttentionCase("Gemma 4 31B drafter, 4K of 32K", (4_000,), 16, 64, 8, 128, 128, 256, dtype="bfloat16", causal=False),

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.block_attention import chunk_tile, hopper
 from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Work
 from pallas_kernels.block_attention.combine import combine
+from pallas_kernels.block_attention.dealing import visits_before
 from pallas_kernels.block_attention.hopper import PROGRAMS
 from pallas_kernels.sparse_attention.selection import Selection, query_block_rows
 
@@ -151,9 +152,9 @@ def _kernel(
             last_seen=starts_ref[slot] + first_row,
             token_of=token_of,
             all_from=jnp.int32(0),
-            all_to=hopper.visits_before(listed - _AT_EDGE * parts, split, splits),
+            all_to=visits_before(listed - _AT_EDGE * parts, split, splits),
             # Where nothing is listed, a block is read that no row sees.
-            visits=jnp.maximum(hopper.visits_before(listed, split, splits), 1),
+            visits=jnp.maximum(visits_before(listed, split, splits), 1),
         )
 
     chunk_tile.attend(
