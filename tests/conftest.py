@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-GOLDENS = REPOSITORY / "tests" / "goldens"
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+GOLDENS = TESTS / "goldens"
 
 # Tests compare numbers in f32 and must not depend on which accelerator a machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,10 +36,27 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+UNOPTIMISED = "jax_disable_most_optimizations"
+OPTIMISED = (
+    "engine",
+    "server",
+    "train",
+    "speculate/test_equality.py",
+    "speculate/test_distribution.py",
+    "speculate/test_tree_distribution.py",
+)
+"""Tests whose programs are compiled as users' are: whole answers, and long runs. What the others run takes LLVM longer
+to optimise than to run; the numbers and bits that they compare must be equal either way."""
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _programs_of_one_module():
+def _programs_of_one_module(request: pytest.FixtureRequest):
     """Compiled programs are memory maps, of which a process may have 65,530: each module starts without others'."""
+    default = jax.config.read(UNOPTIMISED)  # .ci/run sets it for all tests on the second Python
+    optimised = request.path.relative_to(TESTS).as_posix().startswith(OPTIMISED)
+    jax.config.update(UNOPTIMISED, default or not optimised)
     yield
+    jax.config.update(UNOPTIMISED, default)
     jax.clear_caches()
 
 

@@ -125,17 +125,23 @@ def _kernel(
             total += plt.load(parts_ref.at[jnp.int32(part), slot, row, columns]).astype(jnp.float32)
         return rounded(total)
 
+    # All loads come first: behind a sum over the head each would cost a round trip through memory.
+    cos, sin = plt.load(cos_ref.at[slot, row, :]), plt.load(sin_ref.at[slot, row, :])
+    key_scales = query_scales = []
+    if any(normed) or layout.compact:
+        query_scales, key_scales = (
+            [plt.load(ref.at[part]) for part in (pl.ds(0, half), pl.ds(half, half))]
+            for ref in (query_scale_ref, key_scale_ref)
+        )
+    if stores:
+        target = pool_row(table_ref, slot, starts_ref[slot] + row, page_size, ring)
     pair = [load(columns) for columns in halves]
     if any(normed):
         mean = (jnp.sum(pair[0] * pair[0]) + jnp.sum(pair[1] * pair[1])) / layout.head_dim
         factor = jnp.where(by_kind(*normed), jax.lax.rsqrt(mean + eps), 1.0)
-        scales = [
-            by_kind(plt.load(query_scale_ref.at[part]), plt.load(key_scale_ref.at[part]), 1.0)
-            for part in (pl.ds(0, half), pl.ds(half, half))
-        ]
+        scales = [by_kind(query, key, 1.0) for query, key in zip(query_scales, key_scales, strict=True)]
         pair = [rounded(x * factor * scale) for x, scale in zip(pair, scales, strict=True)]
-    cos = jnp.where(head < values, plt.load(cos_ref.at[slot, row, :]), 1.0)
-    sin = jnp.where(head < values, plt.load(sin_ref.at[slot, row, :]), 0.0)
+    cos, sin = jnp.where(head < values, cos, 1.0), jnp.where(head < values, sin, 0.0)
     first, second = pair[0] * cos - pair[1] * sin, pair[1] * cos + pair[0] * sin
 
     def store(ref, *place, start=0, width=layout.head_dim, values=(first, second)):
@@ -152,8 +158,7 @@ def _kernel(
         def _() -> None:
             if layout.compact:
                 stands = jnp.arange(half) >= layout.key_width // 2
-                weights = [plt.load(key_scale_ref.at[part]) for part in (pl.ds(0, half), pl.ds(half, half))]
-                pairs = zip((first, second), weights, strict=True)
+                pairs = zip((first, second), key_scales, strict=True)
                 meeting = [jnp.where(stands, x * weight, 0.0) for x, weight in pairs]
                 store(queries_ref, slot, row, head, width=layout.key_width)
                 store(queries_ref, slot, row, head, start=layout.key_width, values=meeting)
@@ -162,7 +167,6 @@ def _kernel(
 
     if stores:
         key_ref, value_ref = refs[-2:]
-        target = pool_row(table_ref, slot, starts_ref[slot] + row, page_size, ring)
 
         @pl.when((head >= keys) & (head < values))
         def _() -> None:

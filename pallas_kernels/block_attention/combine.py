@@ -73,8 +73,8 @@ def _place(slot: Array, head: Array, row: Array, *, group: int) -> tuple[Array, 
 
 
 def _kernel(mixed_ref, highest_ref, total_ref, out_ref) -> None:
-    highest = highest_ref[...]  # [splits]
+    highest, total, mixed = highest_ref[...], total_ref[...], mixed_ref[...]  # [splits], [splits], [splits, D]
     share = jnp.exp(highest - jnp.max(highest))
-    total = jnp.sum(total_ref[...] * share)
-    mixed = jnp.sum(mixed_ref[...] * share[:, None], axis=0)
+    total = jnp.sum(total * share)
+    mixed = jnp.sum(mixed * share[:, None], axis=0)
     out_ref[...] = (mixed / jnp.where(total == 0.0, 1.0, total)).astype(out_ref.dtype)

@@ -50,15 +50,17 @@ def _kernel(back_ref, weights_ref, scale_ref, parts_ref, parts_scale_ref, out_re
     def rounded(x):
         return x.astype(back_ref.dtype).astype(jnp.float32)
 
-    def normed(x, ref):
+    def normed(x, scale):
         x = rounded(x)
-        return rounded(x * jax.lax.rsqrt(jnp.sum(x * x) / dim + eps) * load(ref))
+        return rounded(x * jax.lax.rsqrt(jnp.sum(x * x) / dim + eps) * scale)
 
+    # All loads come first: behind a sum over the row each would cost a round trip through memory.
+    scale, parts_scale = load(scale_ref), load(parts_scale_ref)
     mixed = jnp.zeros(width, jnp.float32)
     for rank in range(active):
         mixed += rounded(load(back_ref, row, rank) * rounded(weights_ref[row, rank]))
     total = load(parts_ref, 0, row)
     for part in range(1, parts_ref.shape[0]):
         total += load(parts_ref, part, row)
-    result = normed(total, parts_scale_ref) + normed(mixed, scale_ref)
+    result = normed(total, parts_scale) + normed(mixed, scale)
     plt.store(out_ref.at[row, numbers], result.astype(out_ref.dtype), mask=inside)

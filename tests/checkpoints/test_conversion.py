@@ -35,6 +35,8 @@ from checkpoints.unfinished import unfinished_folder
 from dflash_jax.models.parameters import Parameter
 from pallas_kernels.quantised_matmul.api import W4, dequantise
 
+pytestmark = pytest.mark.slow
+
 FORMATS = [("f32", 32), ("bf16", 32), ("w8", 32), ("w4", 32), ("w4", 128)]
 
 
