@@ -38,7 +38,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 UNOPTIMISED = "jax_disable_most_optimizations"
 OPTIMISED = (
-    "engine",
+    "engine/test_engine.py",
+    "engine/test_equality.py",
+    "engine/test_sparse_scoring.py",
     "server",
     "train",
     "speculate/test_equality.py",

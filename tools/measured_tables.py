@@ -174,8 +174,8 @@ def matmuls() -> list[str]:
 def shares() -> list[str]:
     """What a step spends its time on."""
     lines = ["| a step on an H100 | kernel | calls | time | share |", "|---|---|---|---|---|"]
-    for model, file in (("SmolLM2", "h100-smollm2-profile.json"), ("Gemma 4 31B, 4K", "h100-gemma4-31b-profile.json")):
-        for kind in read(file)["kinds"]:
+    for model, name in (("SmolLM2", "smollm2"), ("Gemma 4 31B, 4K", "gemma4-31b"), ("26B-A4B, 4K", "gemma4-26b")):
+        for kind in read(f"h100-{name}-profile.json")["kinds"]:
             step = f"{model}, {kind['kind']}: {kind['busy_us']:.0f} µs in {kind['kernels']:.0f} kernels"
             for row in kind["operations"][:8]:
                 share = f"{100 * row['share']:.0f} %"

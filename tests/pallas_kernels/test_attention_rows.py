@@ -15,8 +15,7 @@ import pytest
 from pallas_kernels.attention_rows import api, triton
 from pallas_kernels.cases.layers import LARGE_ATTENTION_ROWS, SMALL_ATTENTION_ROWS, AttentionRowsCase
 from pallas_kernels.operations import shapes, written_rows
-from tests.pallas_kernels.compiled import one_program
-from tests.pallas_kernels.test_attention_and_scoring import lower, tolerance
+from tests.pallas_kernels.running import each_case, lower, one_program, tolerance
 
 IMPLEMENTATIONS = {
     "reference": one_program(api.attention_rows, implementation="reference"),
@@ -85,7 +84,7 @@ def in_f64(case: AttentionRowsCase) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", SMALL_ATTENTION_ROWS, ids=lambda case: case.name)
+@each_case(SMALL_ATTENTION_ROWS)
 def test_queries_and_pages_are_those_of_f64(case: AttentionRowsCase, implementation: str) -> None:
     positional, keywords = case.arguments()
     results = run(implementation, *positional, **keywords)
@@ -101,7 +100,7 @@ def test_rows_of_the_case_run_past_the_last_page() -> None:
     assert written == (48 - 40) + 16
 
 
-@pytest.mark.parametrize("case", IN_BF16, ids=lambda case: case.name)
+@each_case(IN_BF16)
 def test_both_implementations_round_at_the_same_places(
     case: AttentionRowsCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

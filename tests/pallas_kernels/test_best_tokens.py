@@ -11,8 +11,7 @@ import pytest
 from pallas_kernels.best_tokens import api, reference, triton
 from pallas_kernels.cases.drafting import LARGE_BEST_TOKENS, SMALL_BEST_TOKENS, BestTokensCase
 from pallas_kernels.operations import shapes
-from tests.pallas_kernels.compiled import one_program
-from tests.pallas_kernels.test_attention_and_scoring import lower
+from tests.pallas_kernels.running import each_case, lower, one_program
 
 RUN = {
     "reference": one_program(reference.best_tokens),
@@ -21,7 +20,7 @@ RUN = {
 
 
 @pytest.mark.parametrize("implementation", RUN)
-@pytest.mark.parametrize("case", SMALL_BEST_TOKENS, ids=lambda case: case.name)
+@each_case(SMALL_BEST_TOKENS)
 def test_best_tokens_are_those_of_a_stable_sort(case: BestTokensCase, implementation: str) -> None:
     (logits,), keywords = case.arguments()
     found = RUN[implementation](logits, **keywords)

@@ -13,8 +13,7 @@ import pytest
 from pallas_kernels.cases.drafting import LARGE_DRAFT_TREE, SMALL_DRAFT_TREE, DraftTreeCase
 from pallas_kernels.draft_tree import api, reference, triton
 from pallas_kernels.operations import nodes_of_tree, shapes
-from tests.pallas_kernels.compiled import one_program
-from tests.pallas_kernels.test_attention_and_scoring import lower
+from tests.pallas_kernels.running import each_case, lower, one_program
 
 RUN = {
     "reference": one_program(reference.draft_tree),
@@ -43,7 +42,7 @@ def heap_tree(scores: np.ndarray, nodes: int) -> list[Node]:
 
 
 @pytest.mark.parametrize("implementation", RUN)
-@pytest.mark.parametrize("case", SMALL_DRAFT_TREE, ids=lambda case: case.name)
+@each_case(SMALL_DRAFT_TREE)
 def test_the_tree_is_the_one_that_a_heap_gives(case: DraftTreeCase, implementation: str) -> None:
     (anchor, candidates, scores), keywords = case.arguments()
     tree = RUN[implementation](anchor, candidates, scores, **keywords)

@@ -24,8 +24,7 @@ from pallas_kernels.expert_choice import triton as choice_triton
 from pallas_kernels.expert_sum import api as total
 from pallas_kernels.expert_sum import triton as total_triton
 from pallas_kernels.operations import shapes
-from tests.pallas_kernels.compiled import one_program
-from tests.pallas_kernels.test_attention_and_scoring import lower, tolerance
+from tests.pallas_kernels.running import each_case, lower, one_program, tolerance
 
 CHOOSE = {
     "reference": one_program(choice.choose_experts, implementation="reference"),
@@ -46,7 +45,7 @@ def normed(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("implementation", CHOOSE)
-@pytest.mark.parametrize("case", SMALL_EXPERT_CHOICE, ids=lambda case: case.name)
+@each_case(SMALL_EXPERT_CHOICE)
 def test_the_likeliest_experts_are_chosen(case: ExpertChoiceCase, implementation: str) -> None:
     (*arrays, source), keywords = case.arguments()
     found = CHOOSE[implementation](*arrays, source, **keywords)
@@ -89,7 +88,7 @@ def test_a_choice_has_the_same_bits_whatever_stands_beside_it() -> None:
 
 
 @pytest.mark.parametrize("implementation", ADD)
-@pytest.mark.parametrize("case", SMALL_EXPERT_SUM, ids=lambda case: case.name)
+@each_case(SMALL_EXPERT_SUM)
 def test_both_sums_are_normed_and_added(case: ExpertSumCase, implementation: str) -> None:
     arrays, keywords = case.arguments()
     found = ADD[implementation](*arrays, **keywords)

@@ -14,8 +14,7 @@ from pallas_kernels.cases.experts import LARGE_GROUPED, SMALL_GROUPED, GroupedCa
 from pallas_kernels.grouped_matmul import api, triton
 from pallas_kernels.operations import shapes
 from pallas_kernels.quantised_matmul.weights import dequantise
-from tests.pallas_kernels.compiled import one_program
-from tests.pallas_kernels.test_attention_and_scoring import lower
+from tests.pallas_kernels.running import each_case, lower, one_program
 
 RUN = {
     "reference": one_program(api.grouped_matmul, implementation="reference"),
@@ -35,7 +34,7 @@ def by_row(case: GroupedCase, x: Any, weight: Any, chosen: np.ndarray) -> np.nda
 
 
 @pytest.mark.parametrize("implementation", RUN)
-@pytest.mark.parametrize("case", SMALL_GROUPED, ids=lambda case: case.name)
+@each_case(SMALL_GROUPED)
 def test_every_row_meets_the_matrices_that_it_chose(case: GroupedCase, implementation: str) -> None:
     (x, weight, chosen), keywords = case.arguments()
     found = np.asarray(RUN[implementation](x, weight, chosen, **keywords), np.float64)

@@ -11,8 +11,7 @@ import pytest
 from pallas_kernels.cases.drafting import LARGE_MOVE_ROWS, SMALL_MOVE_ROWS, MoveRowsCase
 from pallas_kernels.move_rows import api, triton
 from pallas_kernels.operations import moved_rows, shapes
-from tests.pallas_kernels.compiled import one_program
-from tests.pallas_kernels.test_attention_and_scoring import lower
+from tests.pallas_kernels.running import each_case, lower, one_program
 
 RUN = {
     "reference": one_program(api.move_rows, implementation="reference"),
@@ -21,7 +20,7 @@ RUN = {
 
 
 @pytest.mark.parametrize("implementation", RUN)
-@pytest.mark.parametrize("case", SMALL_MOVE_ROWS, ids=lambda case: case.name)
+@each_case(SMALL_MOVE_ROWS)
 def test_what_was_on_the_path_is_at_the_front(case: MoveRowsCase, implementation: str) -> None:
     (first, others, path, table, starts), keywords = case.arguments()
     pools = [first, *others]

@@ -20,12 +20,12 @@ from pallas_kernels import tuning
 from pallas_kernels.cases.matmul import LARGE_MATMUL, SMALL_MATMUL, MatmulCase
 from pallas_kernels.operations import shapes
 from pallas_kernels.quantised_matmul import api, bench, triton
-from tests.pallas_kernels.test_attention_and_scoring import lower
+from tests.pallas_kernels.running import each_case, lower
 
 RUN = functools.partial(triton.matmul, interpret=True)
 
 
-@pytest.mark.parametrize("case", SMALL_MATMUL, ids=lambda case: case.name)
+@each_case(SMALL_MATMUL)
 def test_product_is_that_of_the_dense_matrix(case: MatmulCase) -> None:
     (x, weight), _ = case.arguments()
     dense = np.asarray(api.dequantise(weight, case.inputs), np.float64)
@@ -43,7 +43,7 @@ def test_a_row_does_not_depend_on_its_neighbours(case: MatmulCase) -> None:
     np.testing.assert_array_equal(RUN(x, weight)[:3], RUN(x[:3], weight))
 
 
-@pytest.mark.parametrize("case", SMALL_MATMUL, ids=lambda case: case.name)
+@each_case(SMALL_MATMUL)
 def test_parts_add_up_to_the_product(case: MatmulCase) -> None:
     (x, weight), _ = case.arguments()
     plain = ["reference", *(["int8_activations"] if case.weights == "w8" else [])]

@@ -12,8 +12,7 @@ import pytest
 from pallas_kernels.cases.layers import LARGE_RESIDUAL_NORM, SMALL_RESIDUAL_NORM, ResidualNormCase
 from pallas_kernels.operations import shapes, stream_and_norm
 from pallas_kernels.residual_norm import api, triton
-from tests.pallas_kernels.compiled import one_program
-from tests.pallas_kernels.test_attention_and_scoring import lower, tolerance
+from tests.pallas_kernels.running import each_case, lower, one_program, tolerance
 
 IMPLEMENTATIONS = {
     "reference": one_program(api.residual_norm, implementation="reference"),
@@ -44,7 +43,7 @@ def in_f64(case: ResidualNormCase) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", SMALL_RESIDUAL_NORM, ids=lambda case: case.name)
+@each_case(SMALL_RESIDUAL_NORM)
 def test_stream_and_norm_are_those_of_f64(case: ResidualNormCase, implementation: str) -> None:
     arguments, keywords = case.arguments()
     for found, expected in zip(run(implementation, *arguments, **keywords), in_f64(case), strict=True):
@@ -53,7 +52,7 @@ def test_stream_and_norm_are_those_of_f64(case: ResidualNormCase, implementation
         np.testing.assert_allclose(np.asarray(found, np.float64), expected, **limits)
 
 
-@pytest.mark.parametrize("case", IN_BF16, ids=lambda case: case.name)
+@each_case(IN_BF16)
 def test_both_implementations_round_at_the_same_places(case: ResidualNormCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference step by step: which roundings XLA leaves out of a program depends on how it fuses."""
     monkeypatch.setitem(IMPLEMENTATIONS, "reference", functools.partial(api.residual_norm, implementation="reference"))

@@ -24,8 +24,7 @@ from pallas_kernels.cases.attention import (
 )
 from pallas_kernels.operations import OPERATIONS, differing_blocks, shapes
 from pallas_kernels.sparse_attention import api, mosaic, triton
-from tests.pallas_kernels.compiled import one_program
-from tests.pallas_kernels.test_attention_and_scoring import NEEDS_INTERPRETER, lower, tolerance
+from tests.pallas_kernels.running import NEEDS_INTERPRETER, each_case, lower, one_program, tolerance
 
 SELECT = {
     "reference": one_program(api.select_blocks, implementation="reference"),
@@ -78,7 +77,7 @@ def lists(selection: api.Selection) -> dict[tuple[int, int, int], list[int]]:
 
 
 @pytest.mark.parametrize("implementation", SELECT)
-@pytest.mark.parametrize("case", SMALL_SELECTION, ids=lambda case: case.name)
+@each_case(SMALL_SELECTION)
 def test_blocks_are_those_of_the_rule(case: SelectionCase, implementation: str) -> None:
     positional, keywords = case.arguments()
     assert lists(SELECT[implementation](*positional, **keywords)) == plain_selection(case)
@@ -118,7 +117,7 @@ def softmax_over_blocks(case: SparseCase) -> np.ndarray:
 
 
 @pytest.mark.parametrize("implementation", ATTEND)
-@pytest.mark.parametrize("case", SMALL_SPARSE, ids=lambda case: case.name)
+@each_case(SMALL_SPARSE)
 def test_attention_is_a_softmax_over_the_selected_blocks(case: SparseCase, implementation: str) -> None:
     positional, keywords = case.arguments()
     out = np.asarray(ATTEND[implementation](*positional, **keywords), np.float32)
