@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 UNOPTIMISED = "jax_disable_most_optimizations"
+NEVER_OPTIMISED = jax.config.read(UNOPTIMISED)
+"""Set by JAX_DISABLE_MOST_OPTIMIZATIONS, as .ci/run does on the second Python."""
 OPTIMISED = (
     "engine/test_engine.py",
     "engine/test_equality.py",
@@ -48,18 +51,25 @@ OPTIMISED = (
     "speculate/test_tree_distribution.py",
 )
 """Tests whose programs are compiled as users' are: whole answers, and long runs. What the others run takes LLVM longer
-to optimise than to run; the numbers and bits that they compare must be equal either way."""
+to optimise than to run; those of them that are about a CPU's bits ask for `optimised`."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_one_module(request: pytest.FixtureRequest):
     """Compiled programs are memory maps, of which a process may have 65,530: each module starts without others'."""
-    default = jax.config.read(UNOPTIMISED)  # .ci/run sets it for all tests on the second Python
-    optimised = request.path.relative_to(TESTS).as_posix().startswith(OPTIMISED)
-    jax.config.update(UNOPTIMISED, default or not optimised)
+    as_users_run = request.path.relative_to(TESTS).as_posix().startswith(OPTIMISED)
+    jax.config.update(UNOPTIMISED, NEVER_OPTIMISED or not as_users_run)
     yield
-    jax.config.update(UNOPTIMISED, default)
     jax.clear_caches()
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """What this test compiles is optimised as users' programs are, unless JAX_DISABLE_MOST_OPTIMIZATIONS is set."""
+    before = jax.config.read(UNOPTIMISED)
+    jax.config.update(UNOPTIMISED, NEVER_OPTIMISED)
+    yield
+    jax.config.update(UNOPTIMISED, before)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,38 @@ _HALF = HEAD_DIM // 2
 _VALUE_SLOTS = 3
 _TREE_BLOCKS = 2
 """Blocks of keys that the rows of a tree may lie in."""
+
+
+class _Memory(NamedTuple):
+    """References to shared memory and barriers, in the order of `_scratch`."""
+
+    queries: Any
+    keys: Any
+    values: Any
+    queries_here: Any
+    keys_here: Any
+    values_here: Any
+    keys_done: Any
+    values_done: Any
+    parts: Any
+    parts_here: Any
+    parts_read: Any
+
+
+def _scratch(group: int) -> list[Any]:
+    return [
+        hopper.shared(LINES, KEY_DIM + HEAD_DIM),
+        hopper.shared(KEY_BLOCK, KEY_DIM),
+        hopper.shared(_VALUE_SLOTS, KEY_BLOCK, _HALF),
+        plgpu.Barrier(num_arrivals=LINES // group),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_barriers=_VALUE_SLOTS),
+        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_barriers=_VALUE_SLOTS),
+        hopper.shared(2, LINES, KEY_BLOCK, dtype=jnp.float32),
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_barriers=2),
+    ]
 
 
 def why_not(
@@ -116,7 +148,7 @@ def block_attention(
     if tree is not None:
         paths = paths_of(tree, starts, LINES // group)
         keys, values = _gathered(key_pool, value_pool, page_table, starts, tree, paths, page_size)
-        kernel, of_tree = _taking_paths(kernel), (paths.counts, _keys_seen(paths.last_seen, starts), keys, values)
+        of_tree = (paths.counts, _keys_seen(paths.last_seen, starts), keys, values)
     mixed, highest, total = plgpu.kernel(
         kernel,
         out_type=[
@@ -128,19 +160,7 @@ def block_attention(
         grid_names=("place", "head", "tile"),
         num_threads=3,
         thread_name="warpgroup",
-        scratch_types=[
-            hopper.shared(LINES, KEY_DIM + HEAD_DIM),
-            hopper.shared(KEY_BLOCK, KEY_DIM),
-            hopper.shared(_VALUE_SLOTS, KEY_BLOCK, _HALF),
-            plgpu.Barrier(num_arrivals=LINES // group),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_barriers=_VALUE_SLOTS),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=_VALUE_SLOTS),
-            hopper.shared(2, LINES, KEY_BLOCK, dtype=jnp.float32),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_barriers=2),
-        ],
+        scratch_types=_scratch(group),
         **hopper.how(interpret=interpret),
     )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts, *of_tree)
     return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
@@ -173,40 +193,25 @@ def _byte_of(words: list[Array], number: Array) -> Array:
     return jax.lax.shift_right_logical(word, (number & 3) * 8) & 255
 
 
-def _taking_paths(kernel: Any) -> Any:
-    """The kernel with what a tree brings, which stands behind the other arguments."""
-    return lambda *refs: kernel(*refs[:5], *refs[9:], paths=refs[5:9])
-
-
 def _kernel(
     query_ref,
     key_ref,
     value_ref,
     table_ref,
     starts_ref,
-    mixed_ref,
-    highest_ref,
-    total_ref,
-    queries,
-    keys,
-    values,
-    queries_here,
-    keys_here,
-    values_here,
-    keys_done,
-    values_done,
-    parts,
-    parts_here,
-    parts_read,
-    *,
+    *refs,
     group: int,
     splits: int,
     blocks: int,
     page_size: int,
     scale: float,
     interpret: bool,
-    paths: tuple[Any, Any, Any, Any] | None = None,
 ) -> None:
+    """`refs` are what a tree brings, if the rows form one, the results, and those of `_Memory`."""
+    *paths, mixed_ref, highest_ref, total_ref = refs[: -len(_Memory._fields)]
+    memory = _Memory(*refs[-len(_Memory._fields) :])
+    queries, keys, values, queries_here, keys_here, values_here, keys_done, values_done, *of_parts = memory
+    parts, parts_here, parts_read = of_parts
     place, head, tile = (jax.lax.axis_index(name) for name in ("place", "head", "tile"))
     warpgroup = jax.lax.axis_index("warpgroup")
     slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
@@ -214,14 +219,14 @@ def _kernel(
     first_row = tile * rows
     start = starts_ref[slot]
     all_rows = query_ref.shape[1]
-    if paths is None:
+    if not paths:
         end = jnp.minimum(jax.lax.div(start + first_row + (rows - 1), KEY_BLOCK) + 1, blocks)
         clear = jnp.minimum(jax.lax.div(start + first_row + 1, KEY_BLOCK), end)  # all rows see all of these blocks
     else:
         end = clear = tree_block = jnp.minimum(jax.lax.div(start, KEY_BLOCK), blocks)
     visits = shared = visits_before(end, split, splits)
     all_seen = visits_before(clear, split, splits)
-    if paths is not None:
+    if paths:
         counts_ref, seen_ref, path_keys_ref, path_values_ref = paths
         count = counts_ref[slot, tile]
         last_block = jnp.minimum(jax.lax.div(start + (all_rows - 1), KEY_BLOCK), blocks - 1)
@@ -258,7 +263,7 @@ def _kernel(
 
         def visit(masked: bool, turn: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             highest, total, mixed = sums
-            of_rows = keys_seen(turn) if masked and paths is not None else []
+            of_rows = keys_seen(turn) if masked and paths else []
             mine, others = (jax.lax.rem(2 * turn + half, _VALUE_SLOTS) for half in (warpgroup, 1 - warpgroup))
 
             def score(scores_ref):
@@ -279,7 +284,7 @@ def _kernel(
             scores = part + parts[1 - warpgroup]
             plgpu.barrier_arrive(parts_read.at[1 - warpgroup])
 
-            if masked and paths is None:
+            if masked and not paths:
                 token = start + first_row + row_of_line()
                 seen = (split + turn * splits) * KEY_BLOCK + iota(1) <= token
                 scores = jnp.where(seen, scores, -jnp.inf)
@@ -332,11 +337,11 @@ def _kernel(
 
         def places(turn: Array) -> list[tuple[bool | Array, Any, Any, Any]]:
             """Where a turn's block begins: pools of keys and values and a place in both, each under a condition."""
-            of_pools = turn if paths is None else jnp.clip(turn, 0, jnp.maximum(shared - 1, 0))
+            of_pools = jnp.clip(turn, 0, jnp.maximum(shared - 1, 0)) if paths else turn
             token = (split + of_pools * splits) * KEY_BLOCK
             page = table_ref[slot, jax.lax.div(token, page_size)]
             at = pl.ds(page * page_size + jax.lax.rem(token, page_size), KEY_BLOCK)
-            if paths is None:
+            if not paths:
                 return [(True, key_ref, value_ref, at)]
             path, number = of_path(turn)
             before = (slot * -(-all_rows // rows) + tile) * rows + path

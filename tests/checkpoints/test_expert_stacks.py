@@ -22,6 +22,8 @@ from pallas_kernels.quantised_matmul.api import dequantise
 from tests.checkpoints.gguf_writing import checked
 from tests.checkpoints.test_packed_weights import FLOAT, PACK, Packed, Tensors, compressed, eight_bits
 
+pytestmark = pytest.mark.slow
+
 Pack = Callable[[np.ndarray, int], Packed]
 
 

@@ -19,6 +19,8 @@ from checkpoints.gguf_source import read_gguf
 from dflash_jax.models.config import ModelConfig, RopeConfig
 from pallas_kernels.quantised_matmul.api import W8, dequantise
 
+pytestmark = pytest.mark.slow
+
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDTH, VOCABULARY, LAYERS = 2, 1, 4, 8, 32, 10, 2
 
 
@@ -79,7 +81,6 @@ def test_published_numbers(converted: checkpoints.Checkpoint) -> None:
         ("blk.12.ffn_down.weight", "layers.12.mlp.down", 0),
     ],
 )
-@pytest.mark.slow
 def test_published_matrices(
     converted: checkpoints.Checkpoint, tensors: dict[str, Any], own: str, name: str, interleaved_heads: int
 ) -> None:

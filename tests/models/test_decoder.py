@@ -111,6 +111,7 @@ def test_one_pass_gives_the_residual_stream_after_every_layer(target: Target) ->
     assert_close(logits, target.expected["logits"])
 
 
+@pytest.mark.usefixtures("optimised")
 def test_capturing_changes_no_bit_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16, where a stream that XLA adds up differs from that of the kernel: with and without a drafter, alike."""
     kernel = functools.partial(norm_triton.residual_norm, interpret=True)

@@ -27,7 +27,7 @@ def test_attention_is_a_dense_softmax(case: AttentionCase, implementation: str) 
     np.testing.assert_allclose(out, dense_attention(case), atol=tolerance(case.dtype), rtol=tolerance(case.dtype))
 
 
-@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_row_does_not_depend_on_its_neighbours(implementation: str) -> None:
     case = SMALL_ATTENTION[1]
     (queries, *rest), keywords = case.arguments()
@@ -71,7 +71,7 @@ def test_rows_past_the_table_take_no_keys_from_those_inside(causal: bool, progra
     np.testing.assert_allclose(result[:, :8], expected[:, :8], atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_ring_gives_the_bits_of_a_table_of_all_pages(implementation: str) -> None:
     """Same pages in the same order: only where a page number is looked up differs."""
     case = AttentionCase("window", (150,), 16, 4, 2, 32, 16, 16, window=20)
@@ -94,6 +94,7 @@ def test_a_ring_needs_a_window() -> None:
         block_attention.block_attention(*positional, **{**keywords, "ring": True})
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 def test_bits_of_a_row_do_not_depend_on_the_number_of_rows(rows: int) -> None:
     """On a CPU with the pages that the engine uses there; XLA sums smaller pages in another order for few rows."""

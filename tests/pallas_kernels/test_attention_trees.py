@@ -22,7 +22,7 @@ from tests.pallas_kernels.attention import ATTENTION, IMPLEMENTATIONS
 from tests.pallas_kernels.running import NEEDS_INTERPRETER
 
 
-@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_tree_that_is_a_chain_has_the_bits_of_a_block(implementation: str) -> None:
     (queries, *rest), keywords = AttentionCase("block", (150, 7), 16, 4, 2, 32, 16, 16, window=20).arguments()
     depths = jnp.tile(jnp.arange(16, dtype=jnp.int32), (2, 1))
@@ -33,7 +33,14 @@ def test_a_tree_that_is_a_chain_has_the_bits_of_a_block(implementation: str) -> 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    "name", ["tree", "tree, many splits", "tree, window smaller than its depth", "tree in a ring", "compact tree"]
+    "name",
+    [
+        "tree",
+        pytest.param("tree, many splits", marks=pytest.mark.slow),
+        pytest.param("tree, window smaller than its depth", marks=pytest.mark.slow),
+        pytest.param("tree in a ring", marks=pytest.mark.slow),
+        "compact tree",
+    ],
 )
 def test_a_node_has_the_bits_of_a_chain_of_its_ancestors(name: str, implementation: str) -> None:
     case = next(case for case in SMALL_ATTENTION if case.name == name)
@@ -113,7 +120,7 @@ def compare_nodes(
         assert np.array_equal(of_tree[slots, node], np.asarray(of_chain)[slots, last])
 
 
-@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_node_does_not_depend_on_what_it_does_not_see(implementation: str) -> None:
     case = next(case for case in SMALL_ATTENTION if case.name == "tree")
     (queries, keys, values, table, starts, tree), keywords = case.arguments()

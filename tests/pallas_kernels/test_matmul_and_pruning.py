@@ -39,6 +39,7 @@ def test_rounding_error_is_that_of_the_steps(name: str, error: float) -> None:
     assert np.abs(dense - WEIGHT).max() <= error * np.abs(WEIGHT).max() * 1.05
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_w8_rows_are_bit_equal_for_any_number_of_rows(rows: int) -> None:
     multiply = jax.jit(lambda x: quantised_matmul.matmul(x, FORMATS["w8"], implementation="int8_activations"))
