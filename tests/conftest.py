@@ -38,8 +38,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 UNOPTIMISED = "jax_disable_most_optimizations"
-NEVER_OPTIMISED = jax.config.read(UNOPTIMISED)
-"""Set by JAX_DISABLE_MOST_OPTIMIZATIONS, as .ci/run does on the second Python."""
 OPTIMISED = (
     "engine/test_engine.py",
     "engine/test_equality.py",
@@ -57,17 +55,20 @@ to optimise than to run; those of them that are about a CPU's bits ask for `opti
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_one_module(request: pytest.FixtureRequest):
     """Compiled programs are memory maps, of which a process may have 65,530: each module starts without others'."""
-    as_users_run = request.path.relative_to(TESTS).as_posix().startswith(OPTIMISED)
-    jax.config.update(UNOPTIMISED, NEVER_OPTIMISED or not as_users_run)
+    as_users_run = request.path.resolve().relative_to(TESTS).as_posix().startswith(OPTIMISED)
+    jax.config.update(UNOPTIMISED, not as_users_run)
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def optimised() -> Iterator[None]:
-    """What this test compiles is optimised as users' programs are, unless JAX_DISABLE_MOST_OPTIMIZATIONS is set."""
+    """What this test compiles is optimised as users' programs are.
+
+    jit does not ask for the option again: a function that another test has compiled stays as it is.
+    """
     before = jax.config.read(UNOPTIMISED)
-    jax.config.update(UNOPTIMISED, NEVER_OPTIMISED)
+    jax.config.update(UNOPTIMISED, False)
     yield
     jax.config.update(UNOPTIMISED, before)
 

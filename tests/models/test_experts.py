@@ -37,6 +37,7 @@ def test_rows_that_cannot_be_committed_follow_the_first_that_can() -> None:
     assert _source(slots([False, True]), jnp.zeros((2, 0), jnp.int32)).tolist() == [1, 1]
 
 
+@pytest.mark.usefixtures("optimised")
 def test_rows_that_follow_another_choose_its_experts_and_change_no_other_row(decoder: Decoder) -> None:
     feed_forward = decoder.layers[0].feed_forward
     experts = feed_forward.experts

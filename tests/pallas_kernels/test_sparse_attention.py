@@ -235,6 +235,7 @@ def test_means_are_those_of_the_tokens_read_so_far(key_dim: int | None) -> None:
     assert not means[1].any()
 
 
+@pytest.mark.usefixtures("optimised")
 def test_means_grow_chunk_by_chunk() -> None:
     """What a chunk adds to is as if all had been read at once, whatever tokens the chunks end at."""
     (_, *pools, table, _), _ = WHOLE.arguments()
@@ -267,6 +268,7 @@ def test_a_slot_does_not_depend_on_the_others(implementation: str, part: str) ->
     np.testing.assert_array_equal(run(queries, *pools, table, starts, selection)[0], changed[0])
 
 
+@pytest.mark.usefixtures("optimised")
 def test_a_row_depends_on_its_query_block_only_through_the_selection() -> None:
     (queries, *rest), keywords = SMALL_SPARSE[1].arguments()
     for attend in ATTEND.values():

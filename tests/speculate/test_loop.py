@@ -178,6 +178,7 @@ def test_same_tokens_with_any_drafter(target: Decoder, kind: str, options: dict[
         assert steps == 50
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ["qwen2", "gemma3", "gemma4_experts", "gemma4_per_layer"])
 @pytest.mark.slow
 def test_same_tokens_in_every_family(goldens: Path, name: str) -> None:
