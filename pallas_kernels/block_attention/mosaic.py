@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,38 +44,6 @@ _HALF = HEAD_DIM // 2
 _VALUE_SLOTS = 3
 _TREE_BLOCKS = 2
 """Blocks of keys that the rows of a tree may lie in."""
-
-
-class _Memory(NamedTuple):
-    """References to shared memory and barriers, in the order of `_scratch`."""
-
-    queries: Any
-    keys: Any
-    values: Any
-    queries_here: Any
-    keys_here: Any
-    values_here: Any
-    keys_done: Any
-    values_done: Any
-    parts: Any
-    parts_here: Any
-    parts_read: Any
-
-
-def _scratch(group: int) -> list[Any]:
-    return [
-        hopper.shared(LINES, KEY_DIM + HEAD_DIM),
-        hopper.shared(KEY_BLOCK, KEY_DIM),
-        hopper.shared(_VALUE_SLOTS, KEY_BLOCK, _HALF),
-        plgpu.Barrier(num_arrivals=LINES // group),
-        plgpu.Barrier(),
-        plgpu.Barrier(num_barriers=_VALUE_SLOTS),
-        plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(num_barriers=_VALUE_SLOTS),
-        hopper.shared(2, LINES, KEY_BLOCK, dtype=jnp.float32),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_barriers=2),
-    ]
 
 
 def why_not(
@@ -160,7 +128,19 @@ def block_attention(
         grid_names=("place", "head", "tile"),
         num_threads=3,
         thread_name="warpgroup",
-        scratch_types=_scratch(group),
+        scratch_types=[
+            hopper.shared(LINES, KEY_DIM + HEAD_DIM),
+            hopper.shared(KEY_BLOCK, KEY_DIM),
+            hopper.shared(_VALUE_SLOTS, KEY_BLOCK, _HALF),
+            plgpu.Barrier(num_arrivals=LINES // group),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=_VALUE_SLOTS),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=_VALUE_SLOTS),
+            hopper.shared(2, LINES, KEY_BLOCK, dtype=jnp.float32),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=2),
+        ],
         **hopper.how(interpret=interpret),
     )(queries.astype(key_pool.dtype), key_pool, value_pool, page_table, starts, *of_tree)
     return combine(mixed, highest, total, rows=rows, group=group, dtype=queries.dtype, interpret=interpret)
@@ -207,11 +187,24 @@ def _kernel(
     scale: float,
     interpret: bool,
 ) -> None:
-    """`refs` are what a tree brings, if the rows form one, the results, and those of `_Memory`."""
-    *paths, mixed_ref, highest_ref, total_ref = refs[: -len(_Memory._fields)]
-    memory = _Memory(*refs[-len(_Memory._fields) :])
-    queries, keys, values, queries_here, keys_here, values_here, keys_done, values_done, *of_parts = memory
-    parts, parts_here, parts_read = of_parts
+    """`refs` are what a tree brings, if the rows form one, the results, and shared memory and barriers."""
+    (
+        *paths,
+        mixed_ref,
+        highest_ref,
+        total_ref,
+        queries,
+        keys,
+        values,
+        queries_here,
+        keys_here,
+        values_here,
+        keys_done,
+        values_done,
+        parts,
+        parts_here,
+        parts_read,
+    ) = refs
     place, head, tile = (jax.lax.axis_index(name) for name in ("place", "head", "tile"))
     warpgroup = jax.lax.axis_index("warpgroup")
     slot, split = jax.lax.div(place, splits), jax.lax.rem(place, splits)
