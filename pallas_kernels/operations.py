@@ -55,8 +55,9 @@ from pallas_kernels.draft_tree.api import draft_tree
 from pallas_kernels.expert_choice.api import choose_experts
 from pallas_kernels.expert_sum.api import expert_sum
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.hopper import on_hopper
 from pallas_kernels.move_rows.api import move_rows
-from pallas_kernels.paged import on_hopper
+from pallas_kernels.quantised_matmul.api import HOPPER as HOPPER_MATMUL
 from pallas_kernels.quantised_matmul.api import matmul
 from pallas_kernels.residual_norm.api import residual_norm
 from pallas_kernels.sparse_attention.api import HOPPER as HOPPER_SPARSE
@@ -250,7 +251,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("token_scoring", token_scores, SMALL_SCORING, LARGE_SCORING),
     Operation("sparse_selection", listed_blocks, SMALL_SELECTION, LARGE_SELECTION, differing_blocks),
     Operation("sparse_attention", attend_blocks, SMALL_SPARSE, LARGE_SPARSE, hopper=HOPPER_SPARSE),
-    Operation("quantised_matmul", matmul, SMALL_MATMUL, LARGE_MATMUL),
+    Operation("quantised_matmul", matmul, SMALL_MATMUL, LARGE_MATMUL, hopper=HOPPER_MATMUL),
     Operation("grouped_matmul", grouped_matmul, SMALL_GROUPED, LARGE_GROUPED),
     Operation("expert_choice", weights_and_rows, SMALL_EXPERT_CHOICE, LARGE_EXPERT_CHOICE),
     Operation("expert_sum", expert_sum, SMALL_EXPERT_SUM, LARGE_EXPERT_SUM),

@@ -1,4 +1,4 @@
-"""What operations over paged KV share: where a token is, what their kernels can take, and what the device can."""
+"""What operations over paged KV share: where a token is, and what their kernels can take."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ def why_not(page_size: int, *head_dims: int) -> str | None:
         if size & (size - 1) or size < _LEAST:
             return f"takes powers of two from {_LEAST} on, got {name} {size}"
     return None
-
-
-def on_hopper() -> bool:
-    """Whether the device has the large matrix instruction of Mosaic GPU's kernels."""
-    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
 def pool_rows(

@@ -6,8 +6,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_attention import chunk_mosaic, mosaic, reference, triton
 from pallas_kernels.block_attention.ancestry import MOST_ROWS, Ancestry
+from pallas_kernels.hopper import on_hopper
 from pallas_kernels.implementations import choose
-from pallas_kernels.paged import on_hopper, why_not
+from pallas_kernels.paged import why_not
 
 IMPLEMENTATIONS = {"reference": reference, "triton": triton, "mosaic": mosaic, "chunk_mosaic": chunk_mosaic}
 HOPPER = ("mosaic", "chunk_mosaic")

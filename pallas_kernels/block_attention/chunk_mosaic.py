@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_attention import chunk_tile, hopper
+from pallas_kernels import hopper
+from pallas_kernels.block_attention import chunk_tile
 from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Work
 from pallas_kernels.block_attention.combine import combine, splits_for
 from pallas_kernels.block_attention.dealing import first_from, visits_before
-from pallas_kernels.block_attention.hopper import PROGRAMS
+from pallas_kernels.hopper import PROGRAMS
 
 LEAST_ROWS = 128
 """Of a chunk; steps and trees have fewer rows and other kernels, so that plain steps and blocks have the same bits.

@@ -23,8 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_attention import hopper
-from pallas_kernels.block_attention.hopper import LINES
+from pallas_kernels import hopper
+from pallas_kernels.hopper import LINES
 from pallas_kernels.online_softmax import LOWEST
 
 TILE = 2 * LINES

@@ -30,12 +30,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_attention import hopper
+from pallas_kernels import hopper
 from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
 from pallas_kernels.block_attention.dealing import visits_before
-from pallas_kernels.block_attention.hopper import LINES, PROGRAMS
 from pallas_kernels.block_attention.paths import Paths, keys_of_paths, paths_of
+from pallas_kernels.hopper import LINES, PROGRAMS
 from pallas_kernels.online_softmax import LOWEST
 
 KEY_BLOCK = 64

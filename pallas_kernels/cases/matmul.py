@@ -68,6 +68,9 @@ SMALL_MATMUL = (
     MatmulCase("dense", 16, 256, 128, weights="dense"),
     MatmulCase("dense, odd sizes", 5, 192, 160, weights="dense"),
     MatmulCase("dense, one block", 16, 32, 64, weights="dense"),
+    MatmulCase("w4 by 32, many rows", 200, 256, 128),
+    MatmulCase("w4 by 128, many rows, padded inputs", 70, 500, 256, group_size=128),
+    MatmulCase("w8, many rows", 130, 256, 160, weights="w8"),
 )
 LARGE_MATMUL = (
     MatmulCase("Gemma 4 31B gate and up", 16, 5376, 43_008),
@@ -100,4 +103,14 @@ LARGE_MATMUL = (
     MatmulCase("SmolLM2 qkv, dense", 16, 576, 960, weights="dense"),
     MatmulCase("SmolLM2 o, dense", 16, 576, 576, weights="dense"),
     MatmulCase("SmolLM2 down, dense", 16, 1536, 576, weights="dense"),
+    MatmulCase("Gemma 4 31B gate and up, chunk", 1024, 5376, 43_008),
+    MatmulCase("Gemma 4 31B gate and up, groups of 128, chunk", 1024, 5376, 43_008, group_size=128),
+    MatmulCase("Gemma 4 31B down, chunk", 1024, 21_504, 5376),
+    MatmulCase("Gemma 4 31B local qkv, chunk", 1024, 5376, 16_384),
+    MatmulCase("Gemma 4 31B local o, chunk", 1024, 8192, 5376),
+    MatmulCase("Gemma 4 31B gate and up, 128 rows", 128, 5376, 43_008),
+    MatmulCase("Gemma 4 31B down, 128 rows", 128, 21_504, 5376),
+    MatmulCase("Qwen3-8B gate and up, chunk", 1024, 4096, 24_576),
+    MatmulCase("Qwen3-8B gate and up, w8, chunk", 1024, 4096, 24_576, weights="w8"),
+    MatmulCase("SmolLM2 gate and up, chunk", 1024, 576, 3072),
 )

@@ -7,7 +7,8 @@ import math
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantised_matmul import int8_activations, reference, triton
+from pallas_kernels.hopper import on_hopper
+from pallas_kernels.quantised_matmul import int8_activations, mosaic, reference, triton
 from pallas_kernels.quantised_matmul.weights import (
     W4,
     W8,
@@ -37,7 +38,8 @@ __all__ = [
     "unpack_w4",
 ]
 
-IMPLEMENTATIONS = ("reference", "int8_activations", "triton")
+HOPPER = ("mosaic",)
+IMPLEMENTATIONS = ("reference", "int8_activations", "triton", *HOPPER)
 _LARGEST_DENSE = 1 << 26
 """Bytes: of 231 MB, a matmul of few rows takes 88 µs by XLA and 130 µs on Triton (H100)."""
 
@@ -45,10 +47,12 @@ _LARGEST_DENSE = 1 << 26
 def matmul(x: Float[Array, "... K"], weight: Weight, *, implementation: str | None = None) -> Float[Array, "... N"]:
     """`x @ weight.T` in the dtype of x, accumulated in f32 (W8 on a CPU: in int32).
 
-    `implementation` is one of IMPLEMENTATIONS; None picks int8_activations for W8 on a CPU, triton for few rows on a
-    GPU and reference otherwise. Big dense weights are the reference's: XLA reads these faster. It times several kernels
-    for a matmul of a shape and keeps its choice (in memory and in the persistent cache), so that the programs of plain
-    steps and of blocks have the same one.
+    `implementation` is one of IMPLEMENTATIONS; None picks int8_activations for W8 on a CPU; on a GPU mosaic for W4 with
+    more rows than a step has (on Hopper cards), triton for other quantised weights and for few rows; reference
+    otherwise. Big dense weights are the reference's: XLA reads these faster. It times several kernels for a matmul of a
+    shape and keeps its choice (in memory and in the persistent cache), so that the programs of plain steps and of
+    blocks have the same one. Quantised weights are not: XLA makes those of many layers dense before it needs them, and
+    memory does not hold them.
     Raises NotImplementedError when the named implementation cannot take this weight, ValueError when shapes do not fit.
     """
     _check(x, weight)
@@ -60,6 +64,8 @@ def matmul(x: Float[Array, "... K"], weight: Weight, *, implementation: str | No
         return int8_activations.matmul(x, weight)
     if implementation == "triton":
         return triton.matmul(x, weight)
+    if implementation == "mosaic":
+        return mosaic.matmul(x, weight)
     if implementation == "reference":
         return reference.matmul(x, weight)
     raise NotImplementedError(f"matmul has no implementation {implementation!r}: use one of {IMPLEMENTATIONS}")
@@ -70,10 +76,11 @@ def matmul_parts(
 ) -> Float[Array, "parts ... N"]:
     """What adds up to `x @ weight.T`: for operations that add it up themselves while they read it.
 
-    On Triton in f32, one part for every share of the inputs; else one part in the dtype of x.
+    On Triton in f32 for few rows, one part for every share of the inputs; else one part in the dtype of x.
     """
     _check(x, weight)
-    if implementation == "triton" or (implementation is None and _default(x, weight) == "triton"):
+    chosen = implementation or _default(x, weight)
+    if chosen == "triton" and triton.few_rows(_rows(x)):
         return triton.matmul_parts(x, weight)
     return matmul(x, weight, implementation=implementation)[None]
 
@@ -82,10 +89,16 @@ def _default(x: Array, weight: Weight) -> str:
     backend = jax.default_backend()
     if backend == "cpu" and isinstance(weight, W8):
         return "int8_activations"
-    if backend != "gpu" or triton.why_not(math.prod(x.shape[:-1]), x.dtype, weight) is not None:
+    if backend != "gpu" or triton.why_not(_rows(x), x.dtype, weight) is not None:
         return "reference"
+    if on_hopper() and mosaic.why_not(_rows(x), x.dtype, weight) is None:
+        return "mosaic"
     big = not isinstance(weight, W4 | W8) and weight.size * weight.dtype.itemsize > _LARGEST_DENSE
     return "reference" if big else "triton"
+
+
+def _rows(x: Array) -> int:
+    return math.prod(x.shape[:-1])
 
 
 def _check(x: Array, weight: Weight) -> None:

@@ -1,9 +1,10 @@
-"""Linear maps of few rows as Pallas Triton kernels: the weight is read once, at the speed of the memory.
+"""Linear maps as Pallas Triton kernels: made for few rows, where the weight is read at the speed of the memory.
 
-One program makes a tile of outputs for all rows from one share of the inputs (splits put more programs to work than
-there are tiles; what follows adds them up in order).
+One program makes a tile of outputs for up to 64 rows from one share of the inputs (splits put more programs to work
+than there are tiles; what follows adds them up in order). Quantised weights take any number of rows: tiles of 64 that
+read the same weights run side by side, and share them in the cache.
 
-    grid (output tiles, splits)     for each block of inputs of the split:
+    grid (row tiles, output tiles, splits)     for each block of inputs of the split:
       w4      words [32, TILE] int16 -> 4 planes of weights bf16 [32, TILE] -> 4 dots with x [rows, 32] -> add
       w8      values [TILE, 128] int8 -> bf16 -> dot with x [rows, 128] -> add; scale at the end
       dense   values [TILE, 128] bf16 -> dot with x [rows, 128] -> add
@@ -33,8 +34,8 @@ from pallas_kernels.quantised_matmul.weights import BLOCK, W4, W8, Weight, outpu
 from pallas_kernels.tuning import tuned
 
 TUNED = Path(__file__).with_name("tuned.json")
-MOST_ROWS = 64
-"""Beyond it a dense weight and the big matmul are faster."""
+_MOST_ROWS = 64
+"""Of a tile; dense weights have one."""
 _TILES = (128, 64, 32)
 _BLOCKS = (128, 64, 32)
 """Inputs that a program looks at together, of weights that lie row by row."""
@@ -89,8 +90,10 @@ def matmul_parts(
         raise NotImplementedError(f"matmul on Triton {reason}")
     count, columns = rows.shape
     padded_rows = max(_ROW_TILE, 1 << (count - 1).bit_length())
+    if not few_rows(count):
+        padded_rows = -(-count // _MOST_ROWS) * _MOST_ROWS
     block, blocks = blocks_of(weight, columns)
-    config = config or config_for(weight, columns)
+    config = config or config_for(weight, columns, count)
     if not config.divides(outputs_of(weight), blocks):
         raise ValueError(f"{config} does not divide {outputs_of(weight)} outputs and {blocks} blocks of {block} inputs")
     rows = jnp.pad(rows, ((0, padded_rows - count), (0, blocks * block - columns)))
@@ -102,8 +105,8 @@ def matmul_parts(
 def why_not(rows: int, dtype: Any, weight: Weight) -> str | None:
     """What the kernels cannot take about these arguments, as the end of a sentence; None when they can."""
     outputs = outputs_of(weight)
-    if rows > MOST_ROWS:
-        return f"takes {MOST_ROWS} rows at most, got {rows}"
+    if not few_rows(rows) and not isinstance(weight, W4 | W8):
+        return f"takes {_MOST_ROWS} rows of dense weights at most, got {rows}: the big matmul is faster"
     if dtype != jnp.bfloat16:
         return f"takes bf16 rows, got {dtype}"
     if outputs % _TILES[-1]:
@@ -113,6 +116,11 @@ def why_not(rows: int, dtype: Any, weight: Weight) -> str | None:
     if not isinstance(weight, W4 | W8) and (weight.dtype != jnp.bfloat16 or weight.shape[1] % _BLOCKS[-1]):
         return f"takes dense weights of bf16 with a multiple of {_BLOCKS[-1]} inputs, got {weight.dtype}{weight.shape}"
     return None
+
+
+def few_rows(rows: int) -> bool:
+    """Whether rows are few enough for the weight to be all that counts, as in a step."""
+    return rows <= _MOST_ROWS
 
 
 def blocks_of(weight: Weight, columns: int) -> tuple[int, int]:
@@ -127,9 +135,12 @@ def key(weight: Weight, inputs: int) -> str:
     return f"{name}, {inputs} -> {outputs_of(weight)}"
 
 
-def config_for(weight: Weight, columns: int) -> Config:
-    """That of tuned.json for this device and shape, or the rule's."""
+def config_for(weight: Weight, columns: int, rows: int) -> Config:
+    """That of tuned.json for this device and shape, or the rule's. Many rows are programs enough without splits."""
     block, blocks = blocks_of(weight, columns)
+    if not few_rows(rows):
+        tile = next(tile for tile in _TILES if outputs_of(weight) % tile == 0)
+        return Config(tile, 1, warps_of(tile)) if isinstance(weight, W4) else Config(tile, 1, stages=3)
     known = tuned(TUNED, key(weight, blocks * block))
     return Config(**known) if known else rule(weight, columns)
 
@@ -179,7 +190,7 @@ def _call(kernel: Any, arguments: int, rows: int, outputs: int, config: Config, 
     whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
     return pl.pallas_call(
         kernel,
-        grid=(outputs // config.tile, config.splits),
+        grid=(-(-rows // _MOST_ROWS), outputs // config.tile, config.splits),
         in_specs=[whole] * arguments,
         out_specs=whole,
         out_shape=jax.ShapeDtypeStruct((config.splits, rows, outputs), jnp.float32),
@@ -192,20 +203,29 @@ def _call(kernel: Any, arguments: int, rows: int, outputs: int, config: Config, 
 def _w4_kernel(
     x_ref, words_ref, scales_ref, out_ref, *, tile: int, blocks: int, splits: int, per_plane: bool, interpret: bool
 ) -> None:
-    column, split = pl.program_id(0), pl.program_id(1)
+    column, split = pl.program_id(1), pl.program_id(2)
     outputs = pl.ds(column * tile, tile)
     first, count = _share(split, blocks, splits)
+    at, tile_rows = _row_tile(x_ref)
 
     def visit(number, total):
         block = first + number
 
         def rows(plane):
-            return plt.load(x_ref.at[:, pl.ds(block * BLOCK + plane * PLANE, PLANE)])
+            return plt.load(x_ref.at[at, pl.ds(block * BLOCK + plane * PLANE, PLANE)])
 
         return add_w4(total, rows, words_ref, scales_ref, block, outputs, per_plane=per_plane, interpret=interpret)
 
-    total = jax.lax.fori_loop(0, count, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
-    plt.store(out_ref.at[split, :, outputs], total * UNIT_W4)
+    total = jax.lax.fori_loop(0, count, visit, jnp.zeros((tile_rows, tile), jnp.float32))
+    plt.store(out_ref.at[split, at, outputs], total * UNIT_W4)
+
+
+def _row_tile(x_ref: Any) -> tuple[Any, int]:
+    """Where a program's rows are, and how many: all of few rows."""
+    rows = x_ref.shape[0]
+    if few_rows(rows):
+        return slice(None), rows
+    return pl.ds(pl.program_id(0) * _MOST_ROWS, _MOST_ROWS), _MOST_ROWS
 
 
 def _share(split: Any, blocks: int, splits: int) -> tuple[Any, Any]:
@@ -238,32 +258,41 @@ def _plane(words, scales, plane: int, interpret: bool):
     if interpret:  # CPUs take subnormal numbers for zero
         nibbles = jax.lax.shift_right_logical(words, jnp.int16(4 * plane)) & jnp.int16(15)
         return (nibbles - jnp.int16(8)).astype(jnp.bfloat16) * (scales * jnp.bfloat16(2.0**-_SMALLER))[None, :]
+    lift, less = (jnp.broadcast_to(each[None, :], words.shape) for each in factors_of_plane(scales, plane))
+    shape = jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)
+    return plt.elementwise_inline_asm(
+        assembly_of_plane(plane), args=[words, lift, less], constraints="=r,r,r,r", pack=2, result_shape_dtypes=[shape]
+    )[0]
+
+
+def factors_of_plane(scales: Array, plane: int) -> tuple[Array, Array]:
+    """What nibbles that stand alone, as numbers of bf16, are multiplied with, and what is added then."""
+    lift = scales * jnp.bfloat16(2.0 ** (_SUBNORMAL - 4 * (plane % 2) - _SMALLER))
+    return lift, scales * jnp.bfloat16(-8.0 * 2.0**-_SMALLER)
+
+
+def assembly_of_plane(plane: int) -> str:
+    """Two weights of a plane ($0) from two words ($1) and their factors ($2, $3)."""
     byte, upper = plane // 2, plane % 2
-    lift = scales * jnp.bfloat16(2.0 ** (_SUBNORMAL - 4 * upper - _SMALLER))
-    less = scales * jnp.bfloat16(-8.0 * 2.0**-_SMALLER)
-    lift, less = (jnp.broadcast_to(each[None, :], words.shape) for each in (lift, less))
-    assembly = (
+    return (
         f"{{ .reg .b32 t; shr.b32 t, $1, {8 * byte}; and.b32 t, t, {'0x00F000F0' if upper else '0x000F000F'}; "
         "fma.rn.bf16x2 $0, t, $2, $3; }"
     )
-    shape = jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)
-    return plt.elementwise_inline_asm(
-        assembly, args=[words, lift, less], constraints="=r,r,r,r", pack=2, result_shape_dtypes=[shape]
-    )[0]
 
 
 def _rows_kernel(x_ref, values_ref, *refs, tile: int, blocks: int, splits: int, block: int) -> None:
     *scales_refs, out_ref = refs
-    column, split = pl.program_id(0), pl.program_id(1)
+    column, split = pl.program_id(1), pl.program_id(2)
     outputs = pl.ds(column * tile, tile)
     first, count = _share(split, blocks, splits)
+    at, tile_rows = _row_tile(x_ref)
 
     def visit(number, total):
         inputs = pl.ds((first + number) * block, block)
         values = plt.load(values_ref.at[outputs, inputs]).astype(jnp.bfloat16)
-        return total + plt.dot(plt.load(x_ref.at[:, inputs]), values, trans_b=True)
+        return total + plt.dot(plt.load(x_ref.at[at, inputs]), values, trans_b=True)
 
-    total = jax.lax.fori_loop(0, count, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
+    total = jax.lax.fori_loop(0, count, visit, jnp.zeros((tile_rows, tile), jnp.float32))
     for scales_ref in scales_refs:
         total *= plt.load(scales_ref.at[outputs])[None, :]
-    plt.store(out_ref.at[split, :, outputs], total)
+    plt.store(out_ref.at[split, at, outputs], total)

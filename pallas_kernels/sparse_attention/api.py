@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hopper import on_hopper
 from pallas_kernels.implementations import choose
-from pallas_kernels.paged import on_hopper, why_not
+from pallas_kernels.paged import why_not
 from pallas_kernels.sparse_attention import mosaic, reference, triton
 from pallas_kernels.sparse_attention.selection import Selection, SelectionRule, update_means
 

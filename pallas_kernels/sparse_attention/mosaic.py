@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_attention import chunk_tile, hopper
+from pallas_kernels import hopper
+from pallas_kernels.block_attention import chunk_tile
 from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Work
 from pallas_kernels.block_attention.combine import combine
 from pallas_kernels.block_attention.dealing import visits_before
-from pallas_kernels.block_attention.hopper import PROGRAMS
+from pallas_kernels.hopper import PROGRAMS
 from pallas_kernels.sparse_attention.selection import Selection, query_block_rows
 
 _AT_EDGE = 2

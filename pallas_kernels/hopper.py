@@ -16,6 +16,11 @@ PROGRAMS = 132
 """One for each multiprocessor of an H100: its registers or its shared memory hold no second one."""
 
 
+def on_hopper() -> bool:
+    """Whether the device has the large matrix instruction of Mosaic GPU's kernels."""
+    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
 def why_not_pools(*pools: Any) -> str | None:
     """What the kernels cannot take about pools, as the end of a sentence; None when they can."""
     other = next((pool.dtype for pool in pools if pool.dtype != jnp.bfloat16), None)

@@ -1,0 +1,287 @@
+"""Products of many rows with 4-bit weights as a Pallas Mosaic GPU kernel: chunks of prompts on Hopper cards.
+
+A program makes a tile of outputs for a tile of rows. The matrix instruction takes its left side from registers, so
+weights go there from their words and exist as numbers of 16 bits nowhere else: what is summed up is the transposed
+product, `weight [outputs, inputs] @ x.T [inputs, rows]`.
+
+    grid (row tiles, output tiles, splits)
+      warpgroup 0, 1   64 outputs each: for each block of 128 inputs words -> weights of two nibble planes -> product
+      warpgroup 2      copies: rows, words and scales of a block (some slots of memory ahead), and the result
+
+Words are read transposed, so that a register has two of them, of inputs side by side, and a plane of these is two
+numbers of bf16 after a shift, an `and` and a multiply-add, as in triton.py. While two planes are multiplied the next
+two are made. With splits, sums of shares of the inputs lie in memory, transposed, and XLA adds them up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import vector
+from jaxlib.mlir.dialects import llvm
+from jaxtyping import Array, Float
+
+from pallas_kernels import hopper
+from pallas_kernels.hopper import LINES, PROGRAMS
+from pallas_kernels.quantised_matmul.triton import PLANE, UNIT_W4, assembly_of_plane, factors_of_plane, few_rows
+from pallas_kernels.quantised_matmul.weights import BLOCK, W4, Weight
+
+_PLANES = 2
+"""Multiplied together: 64 inputs, what the matrix instruction's memory layout wants."""
+_OUTPUTS = 2 * LINES
+"""Of a tile."""
+_ROWS = (256, 176, 128)
+"""Of a tile; what is fastest follows from how many tiles there are."""
+_SPLITS = (1, 2, 3, 4)
+_MEMORY = 227 * 1024 - 256
+"""Bytes of shared memory that slots may take; the rest is for barriers."""
+_SPEED, _START, _SPLIT, _SPLIT_MEGABYTE = 5.0, 6.0, 15.0, 1.0
+"""Of a multiprocessor of an H100: TFLOP/s, and microseconds of what else a program and the sum of splits take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a matmul is cut into programs.
+
+    rows    of a tile
+    splits  shares of the inputs; the last one may be smaller than the others
+    """
+
+    rows: int
+    splits: int = 1
+
+
+def why_not(rows: int, dtype: Any, weight: Any) -> str | None:
+    """What the kernel cannot take about these arguments, as the end of a sentence; None when it can."""
+    if jax.__version_info__ < (0, 11):  # which loads nothing transposed
+        return f"takes jax 0.11 or later, got {jax.__version__}"
+    if not isinstance(weight, W4):
+        return f"takes w4 weights, got {type(weight).__name__}"
+    if few_rows(rows):
+        return f"takes more rows than a step has, got {rows}"
+    if dtype != jnp.bfloat16:
+        return f"takes bf16 rows, got {dtype}"
+    outputs = weight.packed.shape[1]
+    return f"takes a multiple of {_OUTPUTS} outputs, got {outputs}" if outputs % _OUTPUTS else None
+
+
+def config_for(rows: int, outputs: int, blocks: int) -> Config:
+    """What takes least: programs run in waves of one for each multiprocessor, and a half-empty wave takes as long.
+
+    Of 33 configs for 11 matmuls it takes the fastest each time (bench/results/h100-chunk-matmul.json).
+    """
+
+    def microseconds(config: Config) -> float:
+        programs = -(-rows // config.rows) * (outputs // _OUTPUTS) * config.splits
+        products = 2 * config.rows * _OUTPUTS * BLOCK * -(-blocks // config.splits)
+        parts = _SPLIT + _SPLIT_MEGABYTE * config.splits * rows * outputs * 4e-6 if config.splits > 1 else 0.0
+        return -(-programs // PROGRAMS) * (products / _SPEED / 1e6 + _START) + parts
+
+    shares = [splits for splits in _SPLITS if (splits - 1) * -(-blocks // splits) < blocks]
+    return min(itertools.starmap(Config, itertools.product(_ROWS, shares)), key=microseconds)
+
+
+def matmul(
+    x: Float[Array, "... K"], weight: Weight, *, config: Config | None = None, interpret: bool = False
+) -> Float[Array, "... N"]:
+    """`x @ weight.T` in bf16. Raises NotImplementedError for what `why_not` names."""
+    rows = x.reshape(-1, x.shape[-1])
+    if not isinstance(weight, W4) or why_not(len(rows), x.dtype, weight):
+        raise NotImplementedError(f"matmul on Mosaic {why_not(len(rows), x.dtype, weight)}")
+    words, outputs = weight.packed.shape
+    config = config or config_for(len(rows), outputs, words // PLANE)
+    return _run(rows, weight, config, interpret).reshape(*x.shape[:-1], outputs)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def _run(rows: Float[Array, "rows K"], weight: W4, config: Config, interpret: bool) -> Float[Array, "rows N"]:
+    words, outputs = weight.packed.shape
+    blocks, scale_rows = words // PLANE, BLOCK // weight.group_size
+    tiles = -(-len(rows) // config.rows)
+    padded = jnp.pad(rows, ((0, tiles * config.rows - len(rows)), (0, blocks * BLOCK - rows.shape[1])))
+    slots = _MEMORY // (2 * (config.rows * BLOCK + (PLANE + scale_rows) * _OUTPUTS))
+    sums = jax.ShapeDtypeStruct((config.splits, outputs, len(padded)), jnp.float32)
+    run = plgpu.kernel(
+        functools.partial(_kernel, config=config, blocks=blocks, interpret=interpret),
+        out_type=sums if config.splits > 1 else jax.ShapeDtypeStruct((len(padded), outputs), jnp.bfloat16),
+        grid=(tiles, outputs // _OUTPUTS, config.splits),
+        grid_names=("row", "output", "split"),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=[
+            hopper.shared(slots, config.rows, BLOCK),
+            hopper.shared(slots, PLANE, _OUTPUTS, dtype=jnp.int16),
+            plgpu.SMEM((slots, scale_rows, _OUTPUTS), jnp.float16),
+            plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        **hopper.how(interpret=interpret),
+    )
+    result = run(padded, weight.packed, weight.scales)
+    if config.splits > 1:
+        result = jnp.sum(result, axis=0).T.astype(jnp.bfloat16)
+    return result[: len(rows)]
+
+
+def _kernel(
+    x_ref,
+    words_ref,
+    scales_ref,
+    out_ref,
+    x,
+    words,
+    scales,
+    here,
+    done,
+    multiplied,
+    written,
+    *,
+    config: Config,
+    blocks: int,
+    interpret: bool,
+) -> None:
+    """A slot of memory is `here` when its block has been copied, and `done` when no product reads it any more."""
+    row_tile, output_tile, split = (jax.lax.axis_index(name) for name in ("row", "output", "split"))
+    warpgroup = jax.lax.axis_index("warpgroup")
+    slots, scale_rows = scales.shape[:2]
+    most = -(-blocks // config.splits)
+    first, visits = split * most, jnp.minimum(most, blocks - split * most)
+    rows = pl.ds(row_tile * config.rows, config.rows)
+
+    @pl.when(warpgroup < 2)
+    def _compute() -> None:
+        if not interpret:
+            plgpu.set_max_registers(240, action="increase")
+        lines = pl.ds(warpgroup * LINES, LINES)
+        for number in range(slots - 1):  # the last one is released in the first turn, as by the turn before
+            plgpu.barrier_arrive(done.at[number])
+
+        def weights_of(slot: Array, planes: Sequence[int]) -> Array:
+            here = words.at[slot, :, lines]
+            of_planes = [scales.at[slot, plane if scale_rows > 1 else 0, lines] for plane in planes]
+            if interpret:
+                return _interpreted_weights(here[...].T, [scale[...] for scale in of_planes], planes)
+            load: Any = plgpu.load  # jax 0.10 has another signature
+            by_line = plgpu.Layout.WGMMA.reduce(1)
+            loaded = [load(scale, layout=by_line, optimized=False) for scale in of_planes]
+            return _weights(load(here.T, layout=plgpu.Layout.WGMMA), loaded, planes)
+
+        def multiply(total_ref):
+            def visit(turn: Array, total: Array | None) -> Array | None:
+                slot = jax.lax.rem(turn, slots)
+                plgpu.barrier_wait(here.at[slot])
+                for plane in range(0, 4, _PLANES):
+                    if not interpret:  # what is made now stands where the product before last had its weights
+                        plgpu.wgmma_wait(1)
+                    if plane > 0:
+                        plgpu.barrier_arrive(done.at[jax.lax.rem(turn + (slots - 1), slots)])
+                    weights = weights_of(slot, range(plane, plane + _PLANES))
+                    columns = pl.ds(plane * PLANE, _PLANES * PLANE)
+                    if total is None:
+                        plgpu.wgmma(total_ref, weights, x.at[slot, :, columns].T)
+                    else:
+                        total += jnp.dot(weights, x[slot, :, columns].astype(jnp.float32).T)
+                return total
+
+            zeros = jnp.zeros((LINES, config.rows), jnp.float32)
+            total = jax.lax.fori_loop(0, visits, visit, zeros if interpret else None)
+            if total is None:
+                plgpu.wgmma_wait(0)
+                total = total_ref[...]
+            plgpu.barrier_arrive(done.at[jax.lax.rem(visits - 1, slots)])
+            return total
+
+        total = pl.run_scoped(multiply, ACC((LINES, config.rows), jnp.float32)) * UNIT_W4
+        if config.splits > 1:
+            out_ref[split, pl.ds(output_tile * _OUTPUTS + warpgroup * LINES, LINES), rows] = total
+            return
+        # Results go where rows were, when neither warpgroup reads these any more.
+        plgpu.barrier_arrive(multiplied)
+        plgpu.barrier_wait(multiplied)
+        result = x.at[0, :, lines]
+        if interpret:
+            result[...] = total.T.astype(jnp.bfloat16)
+        else:
+            result.T[...] = total.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(written)
+
+    @pl.when(warpgroup == 2)
+    def _copy() -> None:
+        if not interpret:
+            plgpu.set_max_registers(24, action="decrease")
+        outputs = pl.ds(output_tile * _OUTPUTS, _OUTPUTS)
+
+        def copy(turn: Array, _: None) -> None:
+            slot, block = jax.lax.rem(turn, slots), first + turn
+            plgpu.barrier_wait(done.at[slot])
+            for source, target in (
+                (x_ref.at[rows, pl.ds(block * BLOCK, BLOCK)], x),
+                (words_ref.at[pl.ds(block * PLANE, PLANE), outputs], words),
+                (scales_ref.at[pl.ds(block * scale_rows, scale_rows), outputs], scales),
+            ):
+                plgpu.copy_gmem_to_smem(source, target.at[slot], here.at[slot])
+
+        jax.lax.fori_loop(0, visits, copy, None)
+        for number in range(slots):  # nobody leaves before all that was copied has been read
+            plgpu.barrier_wait(done.at[number])
+        if config.splits == 1:
+            plgpu.barrier_wait(written)
+            plgpu.copy_smem_to_gmem(x.at[0], out_ref.at[rows, outputs])
+            plgpu.wait_smem_to_gmem(0)
+
+
+def _weights(words: Array, scales: Sequence[Array], planes: Sequence[int]) -> Array:
+    """Weights bf16[64, 64] of two planes, in units of UNIT_W4, from words [64, 32] and the scales of 64 outputs."""
+    factors = []
+    for scale, plane in zip(scales, planes, strict=True):
+        pair = factors_of_plane(scale.astype(jnp.bfloat16), plane)
+        factors += [jax.lax.broadcast_in_dim(factor, words.shape, [0]) for factor in pair]
+    layout = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct((words.shape[0], len(planes) * words.shape[1]), jnp.bfloat16, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,) * (1 + len(factors)), return_type=result)
+    def make(_: Any, words: Any, *factors: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        word, pair = ir.VectorType.get((1,), i32), ir.VectorType.get((2,), ir.BF16Type.get())
+
+        def bits_of(register: Any) -> Any:
+            return vector.extract(vector.bitcast(word, register), dynamic_position=[], static_position=[0])
+
+        made = []
+        for plane, lift, less in zip(planes, factors[::2], factors[1::2], strict=True):
+            registers = np.empty_like(words.registers)
+            for at, register in np.ndenumerate(words.registers):
+                operands = [bits_of(each) for each in (register, lift.registers[at], less.registers[at])]
+                # Side effects keep it behind the wait for the product that may still read these registers.
+                bits: Any = llvm.inline_asm(i32, operands, assembly_of_plane(plane), "=r,r,r,r", has_side_effects=True)
+                registers[at] = vector.bitcast(pair, vector.broadcast(word, bits))
+            made.append(registers)
+        return mgpu.FragmentedArray(_registers=np.concatenate(made, axis=1), _layout=words.layout, _is_signed=None)
+
+    return make(words, *factors)
+
+
+def _interpreted_weights(words: Array, scales: Sequence[Array], planes: Sequence[int]) -> Array:
+    """The same, f32, for CPUs, which take subnormal numbers for zero."""
+    made = []
+    for scale, plane in zip(scales, planes, strict=True):
+        nibbles = jax.lax.shift_right_logical(words, jnp.int16(4 * plane)) & jnp.int16(15)
+        rounded = scale.astype(jnp.bfloat16).astype(jnp.float32)[:, None]
+        weights = (nibbles - jnp.int16(8)).astype(jnp.float32) * rounded
+        made.append(weights.astype(jnp.bfloat16).astype(jnp.float32) / UNIT_W4)
+    return jnp.concatenate(made, axis=1)
