@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import queue
 import secrets
 import threading
@@ -18,7 +19,7 @@ from checkpoints.fit import kv_cost
 from dflash_jax.cache.pages import PageAllocator
 from dflash_jax.cache.sessions import RingPages, SessionStore
 from dflash_jax.compress.prune import Gate, Mode, Positions
-from dflash_jax.compress.score import QUESTION_ROWS, Sparse, early_exit, full_depth
+from dflash_jax.compress.score import QUESTION_ROWS, Depth, Sparse, early_exit, empty_keys, full_depth
 from dflash_jax.compress.spans import Prompt
 from dflash_jax.control.rules import Rule, initial
 from dflash_jax.control.state import Observation
@@ -42,7 +43,7 @@ from dflash_jax.engine.request import (
 )
 from dflash_jax.engine.room import Reserved, free_bytes, reserve, weight_bytes
 from dflash_jax.engine.runner import Runner
-from dflash_jax.models.config import ModelConfig
+from dflash_jax.models.config import DrafterConfig, ModelConfig
 from dflash_jax.models.decoder import Decoder
 from dflash_jax.speculate.pace import StepTimes
 
@@ -95,7 +96,7 @@ class Engine:
         self._tokenizer, self._template = model.tokenizer, model.template
         self.chat_template = model.template.source
         self._scores = pflash != "off"
-        depth = early_exit(target.config) if scorer is None else full_depth(scorer.config)
+        depth = _depth(model)
         pages_per_sequence = _pages(self.context_length, profile)
         # Every running answer can grow to the whole window, and one prompt can be scored beside them.
         sequences = max_sessions + self._scores
@@ -335,23 +336,37 @@ def _reserve(model: Model, context: int | None, sessions: int | None, *, drafts:
     """What was asked for, or as much of it as fits the device's memory."""
     config, profile, drafter = model.target.config, model.profile, model.drafter if drafts else None
 
-    def bytes_of(tokens: int) -> int:
+    def pools(of: ModelConfig | DrafterConfig, tokens: int) -> int:
         pages = _pages(tokens, profile)
-        ring = profile.ring(config, pages)
-        rings = [(config, ring), *([(drafter.config, None)] if drafter else [])]
-        costs = [kv_cost(each, its_ring, profile.dtype.itemsize) for each, its_ring in rings]
-        return sum(cost.bytes_of(pages * profile.page_size) for cost in costs)
+        ring = profile.ring(of, pages) if isinstance(of, ModelConfig) else None
+        return kv_cost(of, ring, profile.dtype.itemsize).bytes_of(pages * profile.page_size)
+
+    def bytes_of(tokens: int) -> int:
+        return pools(config, tokens) + (pools(drafter.config, tokens) if drafter else 0)
+
+    def beside(tokens: int) -> int:
+        """Of a prompt that is being scored: its pages, the scorer's own pools, and the keys that scores are made of."""
+        own = pools(model.scorer.config, tokens) if model.scorer else 0
+        scorer = (model.scorer or model.target).config
+        sizes = {"tokens": _pages(tokens, profile) * profile.page_size, "dtype": profile.dtype}
+        keys = jax.eval_shape(functools.partial(empty_keys, scorer, _depth(model), **sizes))
+        return bytes_of(tokens) + own + sum(key.size * key.dtype.itemsize for key in keys)
 
     weights = weight_bytes(model.target, drafter, model.scorer)
     wanted = Reserved(_context_length(context, config), sessions or profile.max_sessions)
     lowered = {"sessions": sessions is None, "context": context is None}
-    reserved = reserve(wanted, bytes_of, free_bytes(weights), beside=int(scores), **lowered)
+    reserved = reserve(wanted, bytes_of, free_bytes(weights), beside=beside if scores else lambda tokens: 0, **lowered)
     if reserved != wanted:
         _warn(
             f"the device's memory holds {reserved.max_sessions} of {wanted.max_sessions} answers at a time with a "
             f"context of {reserved.context_length:,} of {wanted.context_length:,} tokens"
         )
     return reserved
+
+
+def _depth(model: Model) -> Depth:
+    """How far the scorer runs: the target itself, or a model of its own."""
+    return early_exit(model.target.config) if model.scorer is None else full_depth(model.scorer.config)
 
 
 def _warn(text: str) -> None:

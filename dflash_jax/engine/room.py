@@ -44,28 +44,38 @@ def free_bytes(weights: int) -> int | None:
 
 
 def reserve(
-    wanted: Reserved, bytes_of: Callable[[int], int], free: int | None, *, beside: int, sessions: bool, context: bool
+    wanted: Reserved,
+    bytes_of: Callable[[int], int],
+    free: int | None,
+    *,
+    beside: Callable[[int], int],
+    sessions: bool,
+    context: bool,
 ) -> Reserved:
     """What is wanted, or less of what may be chosen: fewer answers first, then a shorter window.
 
-    `bytes_of` is the need of one sequence of so many tokens; `beside` counts sequences beside the answers. `sessions`
-    and `context` say whether these numbers may be lowered. Raises NoRoom when what is left does not fit.
+    `bytes_of` is the need of one answer with a window of so many tokens, `beside` that of everything beside the
+    answers. `sessions` and `context` say whether these numbers may be lowered. Raises NoRoom when what is left does not
+    fit.
     """
     if free is None:
         return wanted
     usable = int(_SHARE * free)
-    fitting = usable // bytes_of(wanted.context_length) - beside
+
+    def needed(tokens: int, answers: int) -> int:
+        return answers * bytes_of(tokens) + beside(tokens)
+
+    fitting = (usable - beside(wanted.context_length)) // bytes_of(wanted.context_length)
     if fitting >= wanted.max_sessions:
         return wanted
     max_sessions = max(1, fitting) if sessions else wanted.max_sessions
     if max_sessions <= fitting:
         return Reserved(wanted.context_length, max_sessions)
-    sequences = max_sessions + beside
-    if context and (length := _longest(wanted.context_length, lambda tokens: sequences * bytes_of(tokens) <= usable)):
+    if context and (length := _longest(wanted.context_length, lambda tokens: needed(tokens, max_sessions) <= usable)):
         return Reserved(length, max_sessions)
-    needed = sequences * bytes_of(wanted.context_length) / _GIGA
+    gigabytes = needed(wanted.context_length, max_sessions) / _GIGA
     raise NoRoom(
-        f"{max_sessions} answers at a time with a context of {wanted.context_length:,} tokens need {needed:.1f} GB; "
+        f"{max_sessions} answers at a time with a context of {wanted.context_length:,} tokens need {gigabytes:.1f} GB; "
         f"{usable / _GIGA:.1f} GB are left by the weights: choose a smaller --context-length or fewer --max-sessions"
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import pytest
 from flax import nnx
@@ -22,7 +25,9 @@ def per_token(tokens: int) -> int:
 
 
 def fit(free: int | None, *, beside: int = 1, sessions: bool = True, context: bool = True) -> Reserved:
-    return reserve(WANTED, per_token, free, beside=beside, sessions=sessions, context=context)
+    return reserve(
+        WANTED, per_token, free, beside=lambda tokens: beside * per_token(tokens), sessions=sessions, context=context
+    )
 
 
 def test_what_fits_is_reserved_as_it_was_wanted() -> None:
@@ -77,3 +82,29 @@ def test_an_engine_takes_what_its_device_holds(monkeypatch: pytest.MonkeyPatch) 
     assert result.token_ids == whole.generate("abc", max_tokens=5, ignore_eos=True).token_ids
     for engine in (whole, small):
         engine.close()
+
+
+@pytest.mark.parametrize("own_scorer", [False, True])
+def test_what_scoring_a_prompt_takes_is_reserved(own_scorer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of a prompt of 131,072 tokens are 7 GB for a 31B model: more than what its pools leave."""
+    asked = {}
+
+    def reserve_all(wanted: Reserved, bytes_of: Any, free: int | None, *, beside: Any, **_: bool) -> Reserved:
+        asked["beside"], asked["answer"] = beside(wanted.context_length), bytes_of(wanted.context_length)
+        return wanted
+
+    monkeypatch.setattr("dflash_jax.engine.engine.reserve", reserve_all)
+    model = tiny_model()
+    model = dataclasses.replace(model, scorer=tiny_model().target) if own_scorer else model
+    engine = Engine(model, pflash="on")
+    programs = engine._shared.programs
+    window = programs.pages_per_sequence * model.profile.page_size
+    keys = programs.begin_reading(programs.scorer_tables(), 0, 1).keys
+    buffers = sum(key.nbytes * window // len(key) for key in keys)
+    pages = 1 + programs.pages_per_sequence
+    pools = sum(leaf.nbytes * (pages - 1) // pages for leaf in jax.tree.leaves(programs._scorer_pools))
+    assert (pools > 0) == own_scorer
+    assert asked["beside"] == asked["answer"] + buffers + pools
+    engine.close()
+    Engine(model, pflash="off").close()
+    assert asked["beside"] == 0
