@@ -162,6 +162,17 @@ _sampling_options = _options(
     *(click.option(f"--{name.replace('_', '-')}", **settings) for name, settings in _SAMPLING.items())
 )
 _json_file = click.option("--json", "json_file", type=_FILE, help="Write the figures to this file.")
+_shape_options = _options(
+    click.option(
+        "--shape",
+        type=click.Choice(["gemma4-31b", "gemma4-12b", "gemma4-26b", "qwen3-8b"]),
+        help="A big model's sizes.",
+    ),
+    click.option("--random", "random_weights", is_flag=True, help="Random weights for --shape; no MODEL is read."),
+    click.option(
+        "--context", "contexts", type=click.IntRange(min=1), multiple=True, help="With --shape; may be repeated."
+    ),
+)
 _plot = click.option("--plot", type=_FILE, help="Draw the figures to this .png (needs the extra `plot`).")
 _prompts = click.option("--prompts", type=_INPUT_FILE, help='JSON lines: {"messages": [...]} or {"prompt": "..."}.')
 
@@ -389,11 +400,7 @@ def bench() -> None:
 @click.option("--dflash", type=click.Choice(["auto", "on"]), default="on", show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
 @_tree
-@click.option(
-    "--shape", type=click.Choice(["gemma4-31b", "gemma4-12b", "gemma4-26b", "qwen3-8b"]), help="A big model's sizes."
-)
-@click.option("--random", "random_weights", is_flag=True, help="Random weights for --shape; no MODEL is read.")
-@click.option("--context", "contexts", type=click.IntRange(min=1), multiple=True, help="With --shape; may be repeated.")
+@_shape_options
 def decode(
     model: Path | None, shape: str | None, random_weights: bool, contexts: tuple[int, ...], **options: Any
 ) -> None:
@@ -401,8 +408,7 @@ def decode(
 
     With --shape and --random: the time of a step and of a block of a big model beside what reading its weights costs.
     """
-    if (shape is None) == random_weights:
-        raise click.UsageError("--shape and --random belong together")
+    _check_shape(shape, random_weights)
     if shape is not None:
         from dflash_jax.bench import shapes
 
@@ -419,8 +425,21 @@ def decode(
 @_json_file
 @_plot
 @_scoring_options
-def prefill(model: Path | None, **options: Any) -> None:
-    """Time to the first token with and without PFlash."""
+@_shape_options
+def prefill(
+    model: Path | None, shape: str | None, random_weights: bool, contexts: tuple[int, ...], **options: Any
+) -> None:
+    """Time to the first token with and without PFlash.
+
+    With --shape and --random: of a big model, whose prompts are random tokens, beside what their products cost.
+    """
+    _check_shape(shape, random_weights)
+    if shape is not None:
+        from dflash_jax.bench import shape_prefill
+
+        how = {"keep_ratio": options["keep_ratio"], "bsa": options["bsa"] == "on"}
+        shape_prefill.run(shape, contexts or (8192, 32_768), options["json_file"], **how)
+        return
     from dflash_jax.bench import prefill
 
     prefill.run(model, **_with_bsa(options))
@@ -435,6 +454,11 @@ def kernels(**options: Any) -> None:
     from dflash_jax.bench import kernels
 
     kernels.run(**options)
+
+
+def _check_shape(shape: str | None, random_weights: bool) -> None:
+    if (shape is None) == random_weights:
+        raise click.UsageError("--shape and --random belong together")
 
 
 def _load_engine(model: Path | None, options: Mapping[str, Any], progress: Progress) -> Any:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from checkpoints.formats import stored_bytes, stored_format
 from dflash_jax.bench.report import BANDWIDTH, environment, write
-from dflash_jax.compress.score import early_exit
+from dflash_jax.compress.score import Sparse, early_exit
 from dflash_jax.console import progress_bar
 from dflash_jax.engine.compilation import enable_persistent_cache
 from dflash_jax.engine.profile import profile_for_device
@@ -125,7 +125,9 @@ def run(
     return report
 
 
-def random_programs(shape: str, longest: int, *, tree: int | None = None) -> tuple[Programs, tuple[int, int]]:
+def random_programs(
+    shape: str, longest: int, *, tree: int | None = None, sparse: Sparse | None = None
+) -> tuple[Programs, tuple[int, int]]:
     """Programs of a shape's target and drafter for contexts up to `longest` tokens, and the bytes of what each reads.
 
     Experts are not among these bytes.
@@ -147,6 +149,7 @@ def random_programs(shape: str, longest: int, *, tree: int | None = None) -> tup
         pages_per_sequence=pages,
         ring=ring,
         num_ring_pages=ring.width + 1 if ring else 1,
+        sparse=sparse,
     )
     return programs, (weight_bytes(target) - _expert_bytes(config), weight_bytes(drafter))
 
