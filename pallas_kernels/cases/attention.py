@@ -348,10 +348,14 @@ SMALL_SCORING = (
     ScoringCase("rows as heads", 100, 1, 96, 3, 64, 32, 4, reduce="max"),
     ScoringCase("bf16", 33, 8, 9, 3, 64, 32, 2, dtype="bfloat16"),
     ScoringCase("one token", 1, 2, 2, 1, 16, 16, 2),
+    ScoringCase("tiles of a group", 70, 1, 1200, 2, 64, 32, 4, reduce="max"),
+    ScoringCase("tiles of a group, mean", 70, 2, 600, 1, 64, 32, 4, dtype="bfloat16"),
 )
 LARGE_SCORING = (
     ScoringCase("SmolLM2, 8K", 8_000, 1, 288, 3, 64, 128, 64, dtype="bfloat16", reduce="max"),
     ScoringCase("Qwen3-8B, 128K", 128_000, 1, 1024, 8, 128, 128, 1024, dtype="bfloat16", reduce="max"),
+    ScoringCase("Gemma 4 31B local, 128K", 128_000, 1, 1024, 16, 256, 128, 1024, dtype="bfloat16", reduce="max"),
+    ScoringCase("Gemma 4 31B global, 128K", 128_000, 1, 1024, 4, 512, 128, 1024, dtype="bfloat16", reduce="max"),
 )
 SMALL_SELECTION = (
     SelectionCase("one query block", (48,), (200,), 16, 4, 2, 16, 16, block_size=16),
