@@ -70,7 +70,6 @@ SMALL_MATMUL = (
     MatmulCase("dense, one block", 16, 32, 64, weights="dense"),
     MatmulCase("w4 by 32, many rows", 200, 256, 128),
     MatmulCase("w4 by 128, many rows, padded inputs", 70, 500, 256, group_size=128),
-    MatmulCase("w8, many rows", 130, 256, 160, weights="w8"),
 )
 LARGE_MATMUL = (
     MatmulCase("Gemma 4 31B gate and up", 16, 5376, 43_008),
@@ -111,6 +110,5 @@ LARGE_MATMUL = (
     MatmulCase("Gemma 4 31B gate and up, 128 rows", 128, 5376, 43_008),
     MatmulCase("Gemma 4 31B down, 128 rows", 128, 21_504, 5376),
     MatmulCase("Qwen3-8B gate and up, chunk", 1024, 4096, 24_576),
-    MatmulCase("Qwen3-8B gate and up, w8, chunk", 1024, 4096, 24_576, weights="w8"),
     MatmulCase("SmolLM2 gate and up, chunk", 1024, 576, 3072),
 )

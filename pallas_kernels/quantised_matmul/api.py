@@ -47,12 +47,12 @@ _LARGEST_DENSE = 1 << 26
 def matmul(x: Float[Array, "... K"], weight: Weight, *, implementation: str | None = None) -> Float[Array, "... N"]:
     """`x @ weight.T` in the dtype of x, accumulated in f32 (W8 on a CPU: in int32).
 
-    `implementation` is one of IMPLEMENTATIONS; None picks int8_activations for W8 on a CPU; on a GPU mosaic for W4 with
-    more rows than a step has (on Hopper cards), triton for other quantised weights and for few rows; reference
-    otherwise. Big dense weights are the reference's: XLA reads these faster. It times several kernels for a matmul of a
-    shape and keeps its choice (in memory and in the persistent cache), so that the programs of plain steps and of
-    blocks have the same one. Quantised weights are not: XLA makes those of many layers dense before it needs them, and
-    memory does not hold them.
+    `implementation` is one of IMPLEMENTATIONS; None picks int8_activations for W8 on a CPU; on a GPU mosaic for more
+    rows of W4 than a step has (on Hopper cards), triton for W4 and for few rows; reference otherwise. Big dense weights
+    are the reference's: XLA reads these faster. It times several kernels for a matmul of a shape and keeps its choice
+    (in memory and in the persistent cache), so that the programs of plain steps and of blocks have the same one.
+    W4 is not the reference's: XLA makes the weights of all layers dense before it needs them, which memory does not
+    hold.
     Raises NotImplementedError when the named implementation cannot take this weight, ValueError when shapes do not fit.
     """
     _check(x, weight)

@@ -1,8 +1,8 @@
 """Linear maps as Pallas Triton kernels: made for few rows, where the weight is read at the speed of the memory.
 
 One program makes a tile of outputs for up to 64 rows from one share of the inputs (splits put more programs to work
-than there are tiles; what follows adds them up in order). Quantised weights take any number of rows: tiles of 64 that
-read the same weights run side by side, and share them in the cache.
+than there are tiles; what follows adds them up in order). Weights of w4 take any number of rows: tiles of 64 that read
+the same weights run side by side, and share them in the cache.
 
     grid (row tiles, output tiles, splits)     for each block of inputs of the split:
       w4      words [32, TILE] int16 -> 4 planes of weights bf16 [32, TILE] -> 4 dots with x [rows, 32] -> add
@@ -35,7 +35,7 @@ from pallas_kernels.tuning import tuned
 
 TUNED = Path(__file__).with_name("tuned.json")
 _MOST_ROWS = 64
-"""Of a tile; dense weights have one."""
+"""Of a tile; weights that lie row by row have one."""
 _TILES = (128, 64, 32)
 _BLOCKS = (128, 64, 32)
 """Inputs that a program looks at together, of weights that lie row by row."""
@@ -105,8 +105,8 @@ def matmul_parts(
 def why_not(rows: int, dtype: Any, weight: Weight) -> str | None:
     """What the kernels cannot take about these arguments, as the end of a sentence; None when they can."""
     outputs = outputs_of(weight)
-    if not few_rows(rows) and not isinstance(weight, W4 | W8):
-        return f"takes {_MOST_ROWS} rows of dense weights at most, got {rows}: the big matmul is faster"
+    if not few_rows(rows) and not isinstance(weight, W4):
+        return f"takes more than {_MOST_ROWS} rows of w4 only, got {rows}: the big matmul is faster"
     if dtype != jnp.bfloat16:
         return f"takes bf16 rows, got {dtype}"
     if outputs % _TILES[-1]:
@@ -140,7 +140,7 @@ def config_for(weight: Weight, columns: int, rows: int) -> Config:
     block, blocks = blocks_of(weight, columns)
     if not few_rows(rows):
         tile = next(tile for tile in _TILES if outputs_of(weight) % tile == 0)
-        return Config(tile, 1, warps_of(tile)) if isinstance(weight, W4) else Config(tile, 1, stages=3)
+        return Config(tile, 1, warps_of(tile))
     known = tuned(TUNED, key(weight, blocks * block))
     return Config(**known) if known else rule(weight, columns)
 
@@ -285,14 +285,13 @@ def _rows_kernel(x_ref, values_ref, *refs, tile: int, blocks: int, splits: int, 
     column, split = pl.program_id(1), pl.program_id(2)
     outputs = pl.ds(column * tile, tile)
     first, count = _share(split, blocks, splits)
-    at, tile_rows = _row_tile(x_ref)
 
     def visit(number, total):
         inputs = pl.ds((first + number) * block, block)
         values = plt.load(values_ref.at[outputs, inputs]).astype(jnp.bfloat16)
-        return total + plt.dot(plt.load(x_ref.at[at, inputs]), values, trans_b=True)
+        return total + plt.dot(plt.load(x_ref.at[:, inputs]), values, trans_b=True)
 
-    total = jax.lax.fori_loop(0, count, visit, jnp.zeros((tile_rows, tile), jnp.float32))
+    total = jax.lax.fori_loop(0, count, visit, jnp.zeros((x_ref.shape[0], tile), jnp.float32))
     for scales_ref in scales_refs:
         total *= plt.load(scales_ref.at[outputs])[None, :]
-    plt.store(out_ref.at[split, at, outputs], total)
+    plt.store(out_ref.at[split, :, outputs], total)
