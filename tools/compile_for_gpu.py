@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -38,9 +39,7 @@ def main() -> None:
     parser.add_argument("--measured", action="store_true", help="everything that a measurement compiles")
     parser.add_argument("--hlo", type=Path, metavar="FOLDER", help="write each program as XLA optimised it")
     arguments = parser.parse_args()
-    if not (_installed(_PLUGINS) and _installed(_COMPILERS)):
-        sys.exit(f'There is no compiler for NVIDIA cards here: pip install "jax[cuda12]=={jax.__version__}"')
-    jax.config.update("jax_platforms", "cpu")  # or the plug-in asks for a driver
+    need_compiler()
     todo = [
         (f"{operation.name}, {case.name}: {name}, {kernel}", program)
         for operation in OPERATIONS
@@ -52,9 +51,7 @@ def main() -> None:
     ]
     if not todo:
         sys.exit(f"There is no case {arguments.case!r}.")
-    device = topologies.get_topology_desc(
-        "", platform="cuda", topology="1x1x1", target_config=Path(__file__).with_name("h100.txtpb").read_text()
-    ).devices[0]
+    device = h100()
     # Kernels look their tuned tiles up by the first device of jax.
     with mock.patch.object(jax, "devices", lambda: [device]), ThreadPoolExecutor(_THREADS) as pool:
         done = pool.map(functools.partial(_compile, device=device, folder=arguments.hlo), todo)
@@ -66,6 +63,31 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
+def need_compiler() -> None:
+    """Ends the program if XLA cannot compile for cards here; else JAX computes on the host from now on."""
+    if not (_installed(_PLUGINS) and _installed(_COMPILERS)):
+        sys.exit(f'There is no compiler for NVIDIA cards here: pip install "jax[cuda12]=={jax.__version__}"')
+    jax.config.update("jax_platforms", "cpu")  # or the plug-in asks for a driver
+
+
+def h100() -> jax.Device:
+    """One to compile for."""
+    target = Path(__file__).with_name("h100.txtpb").read_text()
+    return topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=target).devices[0]
+
+
+def abstract_mesh(device: jax.Device) -> AbstractMesh:
+    """What tells kernels that are lowered within it which device they are for."""
+    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.core_count, platform="gpu")
+    return AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=kind)
+
+
+def on_device(value: Any, device: jax.Device) -> jax.ShapeDtypeStruct:
+    """The shape of an array that lies on the device."""
+    sharding = NamedSharding(Mesh([device], ("device",)), PartitionSpec())
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+
 def _installed(modules: tuple[str, ...]) -> bool:
     """Whether one of these is there. A name is looked up only if its package exists, or find_spec raises."""
     find = importlib.util.find_spec
@@ -75,13 +97,10 @@ def _installed(modules: tuple[str, ...]) -> bool:
 def _compile(named: tuple[str, Program], *, device: jax.Device, folder: Path | None) -> tuple[str, bool]:
     """What to say about a program, and whether it compiles."""
     name, program = named
-    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.core_count, platform="gpu")
-    abstract = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=kind)
-    sharding = NamedSharding(Mesh([device], ("device",)), PartitionSpec())
-    specs = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding), program.specs)
+    specs = jax.tree.map(functools.partial(on_device, device=device), program.specs)
     started = time.perf_counter()
     try:
-        with use_abstract_mesh(abstract):
+        with use_abstract_mesh(abstract_mesh(device)):
             lowered = program.trace(specs).lower(lowering_platforms=("cuda",))
         try:
             compiled, remark = lowered.compile({_REFUSE_SPILLS: True}), ""
