@@ -20,9 +20,19 @@ SHAPES = {"gemma4-31b": "Gemma 4 31B", "gemma4-26b": "Gemma 4 26B-A4B"}
 
 
 def main() -> None:
-    fill(ROOT / "README.md", prefill(), decode(), steps())
+    fill(ROOT / "README.md", reading(), steps(), decode(), prefill())
     fill(ROOT / "docs" / "training.md", drafting(), by_context(), recipes())
-    fill(ROOT / "docs" / "kernels.md", checks(), wide_heads(), chunks(), matmuls(), steps(), shares())
+    fill(
+        ROOT / "docs" / "kernels.md",
+        checks(),
+        wide_heads(),
+        chunks(),
+        chunk_matmuls(),
+        matmuls(),
+        reading(),
+        steps(),
+        shares(),
+    )
 
 
 def fill(file: Path, *tables: list[str]) -> None:
@@ -112,6 +122,35 @@ def steps() -> list[str]:
                 f"| {name} | {row['context']:,} tokens | {row['step_ms']:.1f} ms | {row['limit_ms']:.1f} ms "
                 f"| {row['block_ms']:.1f} ms | {rates} |"
             )
+    return lines
+
+
+def reading() -> list[str]:
+    """Time to the first token of big models."""
+    lines = [
+        "| shape, random 4-bit weights, on an H100 | prompt | first token | limit | with PFlash, a quarter kept "
+        "| of it scoring |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file, name in SHAPES.items():
+        for row in read(f"h100-{file}-prefill.json")["rows"]:
+            times = (f"{row[key]:.2f} s" for key in ("ttft_s_plain", "limit_s", "ttft_s_pflash", "score_s"))
+            lines.append(f"| {name} | {row['prompt_tokens']:,} tokens | {' | '.join(times)} |")
+    return lines
+
+
+def chunk_matmuls() -> list[str]:
+    """Many rows of 4-bit weights: the fastest config of each, and what XLA does with dense weights."""
+    report = read("h100-chunk-matmul.json")
+    dense = {(row["case"], row["rows"]): row for row in report["xla"]}
+    lines = [
+        "| 4-bit weights, in a chain | rows | Mosaic | TFLOP/s | XLA, weights in bf16 | made dense before |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (case, rows), same in itertools.groupby(report["rows"], lambda row: (row["case"], row["rows"])):
+        best, other = min(same, key=lambda row: row["us"]), dense.get((case, rows), {})
+        xla = (f"{other[key]} µs" if key in other else "" for key in ("bf16_us", "dense_first_us"))
+        lines.append(f"| {case} | {rows:,} | {best['us']:.0f} µs | {best['tflops']} | {' | '.join(xla)} |")
     return lines
 
 
