@@ -89,7 +89,6 @@ def _first_token(programs: Programs, ids: np.ndarray) -> None:
 
     def read(begin: int, end: int) -> None:
         programs.prefill_chunk(ids[begin:end], positions[begin:end], tables, begin)
-        jax.block_until_ready(programs.pools.target[0][0])
 
     _in_chunks(programs, last, read)
     slots = new_slots(tables, length=last, position=last, anchor=int(ids[last]), limit=1, stop_ids=())
@@ -106,7 +105,6 @@ def _kept(programs: Programs, ids: np.ndarray, ratio: float) -> np.ndarray:
         nonlocal reading
         rows = slice(begin, end)
         reading = programs.read_for_scoring(reading, ids[rows], positions[rows], tables, begin, begin, length)
-        jax.block_until_ready(reading)
 
     _in_chunks(programs, length, read)
     question = np.resize(ids[-QUESTION_ROWS:], QUESTION_ROWS)

@@ -172,7 +172,6 @@ class Answer:
                 reading = programs.read_for_scoring(
                     reading, ids[rows], positions[rows], tables, start + begin, begin, len(ids)
                 )
-                jax.block_until_ready(reading)
                 if branch:
                     branch.length = start + end
                 yield
@@ -203,9 +202,9 @@ class Answer:
             rows = slice(start + begin, start + end)
             tables = self._tables(session, end - begin)
             shared.programs.prefill_chunk(ids[rows], positions[rows], tables, start + begin)
-            jax.block_until_ready(shared.programs.pools.target[0][0])
             session.length = start + end
             yield
+        shared.programs.wait_for_chunks()
 
     def _tables(self, session: Session, ahead: int) -> Tables:
         """The session's tables for so many tokens past its length, for which its ring slides on."""

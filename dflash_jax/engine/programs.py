@@ -110,7 +110,7 @@ class Programs:
         self._weights = (_Weights(target), _Weights(drafter))
         self._scorer_weights = _Weights(scorer if scorer is not None else target)
         page_size = profile.page_size
-        self._prefill = self._compile(prefill, page_size=page_size)
+        self._prefill = self._compile(_prefill, page_size=page_size)
         self._decode = {
             kind: self._compile(
                 decode,
@@ -127,7 +127,7 @@ class Programs:
         fits = sparse is not None and sparse.least_tokens <= pages_per_sequence * page_size
         self._sparse = sparse if fits and sparse_layers(config, depth) else None
         self._read = self._compile_scorer(
-            read_chunk, donated=(1, 2), depth=depth, sparse=self._sparse, page_size=page_size
+            _read_chunk, donated=(1, 2), depth=depth, sparse=self._sparse, page_size=page_size
         )
         self._means = jax.jit(
             functools.partial(
@@ -154,6 +154,7 @@ class Programs:
 
     def reset(self) -> None:
         """Empty pools; whatever they held is lost."""
+        self._last_chunk: jax.Array | None = None
         sizes = {"page_size": self.profile.page_size, "dtype": self.profile.dtype}
         ring_pages = self._num_ring_pages if self.ring else None
         target = empty_pools(self._target_config, num_pages=self._num_pages, num_ring_pages=ring_pages, **sizes)
@@ -184,10 +185,16 @@ class Programs:
         return self._whole(self._scorer_ring)
 
     def prefill_chunk(self, tokens: np.ndarray, positions: np.ndarray, tables: Tables, start: int) -> None:
-        """Stores K and V of as many tokens as one of the profile's chunks has rows at most."""
+        """Stores K and V of as many tokens as one of the profile's chunks has rows at most.
+
+        It returns when the chunk before has been read: the host prepares one while the device reads the other, and what
+        somebody else asks of the device waits for two chunks at most.
+        """
         tokens, positions = self._pad(tokens), self._pad(positions)
         starts = np.asarray([start], np.int32)
-        self.pools = self._prefill(self._leaves, self.pools, tokens, positions, tables.pages, starts, tables.ring)
+        arguments = (tokens, positions, tables.pages, starts, tables.ring)
+        self.pools, mark = self._prefill(self._leaves, self.pools, *arguments)
+        self._wait_for_the_chunk_before(mark)
 
     def decode(self, slots: Slots, sampling: SamplingParameters, rows: int, *, max_steps: int) -> tuple[Visit, Slots]:
         """One visit: the device decodes up to `max_steps` steps; the visit's log-probabilities stay on the device.
@@ -229,13 +236,18 @@ class Programs:
     ) -> Reading:
         """The scorer reads one chunk, at token index `start`, of a prompt of `length` tokens.
 
-        The `first` tokens read so far have their keys.
+        The `first` tokens read so far have their keys. It returns when the chunk before has been read.
         """
         rows, starts = (self._pad(tokens), self._pad(positions)), np.asarray([start], np.int32)
         arguments = (*rows, tables.pages, starts, np.int32(first), np.asarray([length], np.int32), tables.ring)
-        pools, reading = self._read(self._scorer_weights.leaves, self._get_scorer_pools(), reading, *arguments)
+        pools, reading, mark = self._read(self._scorer_weights.leaves, self._get_scorer_pools(), reading, *arguments)
         self._set_scorer_pools(pools)
+        self._wait_for_the_chunk_before(mark)
         return reading
+
+    def wait_for_chunks(self) -> None:
+        """Returns when all chunks have been read."""
+        jax.block_until_ready(self._last_chunk)
 
     def score(
         self, reading: Reading, question: np.ndarray, positions: np.ndarray, tables: Tables, start: int, length: int
@@ -294,6 +306,10 @@ class Programs:
             seconds[rows] = min(samples) / _DUMMY_STEPS
         return StepTimes(plain=seconds.pop(PLAIN), blocks=seconds)
 
+    def _wait_for_the_chunk_before(self, mark: jax.Array) -> None:
+        before, self._last_chunk = self._last_chunk, mark
+        jax.block_until_ready(before)
+
     @property
     def _leaves(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         return self._weights[0].leaves, self._weights[1].leaves
@@ -306,7 +322,7 @@ class Programs:
         def program(leaves: Any, pools: Pools, *arguments: Any) -> Any:
             return function(Networks(target.build(leaves[0]), drafter.build(leaves[1])), pools, *arguments, **static)
 
-        program.__name__ = function.__name__
+        program.__name__ = function.__name__.strip("_")
         return jax.jit(program, donate_argnums=(1,), compiler_options=options)
 
     def _compile_scorer(
@@ -317,7 +333,7 @@ class Programs:
         def program(leaves: Any, *arguments: Any) -> Any:
             return function(weights.build(leaves), *arguments, **static)
 
-        program.__name__ = function.__name__
+        program.__name__ = function.__name__.strip("_")
         return jax.jit(program, donate_argnums=donated)
 
     def _get_scorer_pools(self) -> tuple[KvPool, ...]:
@@ -401,6 +417,22 @@ def sampling_parameters(
         "seed": np.asarray([[(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF]], np.uint32),
     }
     return SamplingParameters(**put(fields))
+
+
+def _prefill(networks: Networks, pools: Pools, *arguments: Any, **static: Any) -> tuple[Pools, jax.Array]:
+    pools = prefill(networks, pools, *arguments, **static)
+    return pools, _mark(pools.target)
+
+
+def _read_chunk(scorer: Decoder, *arguments: Any, **static: Any) -> tuple[tuple[KvPool, ...], Reading, jax.Array]:
+    pools, reading = read_chunk(scorer, *arguments, **static)
+    return pools, reading, _mark(reading.keys)
+
+
+def _mark(arrays: Any) -> jax.Array:
+    """A number that is there when the last array is, to wait for when the next program has taken the arrays."""
+    last = jax.tree.leaves(arrays)[-1]
+    return last[(0,) * last.ndim]
 
 
 def _graph_options() -> dict[str, str] | None:
