@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path)
 _INPUT_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
-"""How XLA begins its message."""
 _SWITCH = click.Choice(["auto", "on", "off"])
 
 
@@ -46,7 +44,7 @@ class _Commands(click.Group):
 
 
 def _is_expected(error: Exception) -> bool:
-    if isinstance(error, UnicodeError) or _OUT_OF_MEMORY in str(error):
+    if isinstance(error, UnicodeError) or _out_of_memory(error):
         return True
     if isinstance(error, OSError):
         return error.errno != errno.EPIPE  # click itself ends quietly when the reader of a pipe has gone
@@ -61,8 +59,13 @@ def _is_expected(error: Exception) -> bool:
     return isinstance(error, CheckpointError | ConfigError | TokenizerError)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """XLA says the same of a kernel that wants more shared memory than there is, which is a defect of ours."""
+    return "RESOURCE_EXHAUSTED" in str(error) and "shared memory" not in str(error).lower()
+
+
 def _line(error: Exception) -> str:
-    if _OUT_OF_MEMORY in str(error):
+    if _out_of_memory(error):
         return "the device's memory is full: choose a smaller --context-length, fewer --max-sessions or smaller weights"
     if isinstance(error, UnicodeError):
         return f"not UTF-8 text: {error}"

@@ -278,6 +278,13 @@ def test_a_full_device_names_the_flags_that_help(engine, monkeypatch):
     assert "--context-length" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_a_kernel_that_does_not_fit_is_no_full_device(engine, monkeypatch):
+    message = "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 393216, available: 232448"
+    monkeypatch.setattr(engine, "load", _raising(RuntimeError(message)))
+    result = run("generate", "m", "-p", "hi")
+    assert message in str(result.exception) and "--context-length" not in result.stderr
+
+
 def test_a_prompt_that_is_not_text(engine, tmp_path):
     (tmp_path / "p").write_bytes(b"\x7fELF\xff\xfe")
     result = run("generate", "-p", f"@{tmp_path / 'p'}")
