@@ -70,6 +70,7 @@ def test_weights_are_counted_with_embedding_and_head() -> None:
     assert weight_bytes(target, None) == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(target)))
 
 
+@pytest.mark.slow
 def test_an_engine_takes_what_its_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     whole = Engine(model)
