@@ -54,6 +54,7 @@ from pallas_kernels.cases.matmul import LARGE_MATMUL, SMALL_MATMUL
 from pallas_kernels.draft_tree.api import draft_tree
 from pallas_kernels.expert_choice.api import choose_experts
 from pallas_kernels.expert_sum.api import expert_sum
+from pallas_kernels.grouped_matmul.api import HOPPER as HOPPER_GROUPED
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.hopper import on_hopper
 from pallas_kernels.move_rows.api import move_rows
@@ -252,7 +253,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("sparse_selection", listed_blocks, SMALL_SELECTION, LARGE_SELECTION, differing_blocks),
     Operation("sparse_attention", attend_blocks, SMALL_SPARSE, LARGE_SPARSE, hopper=HOPPER_SPARSE),
     Operation("quantised_matmul", matmul, SMALL_MATMUL, LARGE_MATMUL, hopper=HOPPER_MATMUL),
-    Operation("grouped_matmul", grouped_matmul, SMALL_GROUPED, LARGE_GROUPED),
+    Operation("grouped_matmul", grouped_matmul, SMALL_GROUPED, LARGE_GROUPED, hopper=HOPPER_GROUPED),
     Operation("expert_choice", weights_and_rows, SMALL_EXPERT_CHOICE, LARGE_EXPERT_CHOICE),
     Operation("expert_sum", expert_sum, SMALL_EXPERT_SUM, LARGE_EXPERT_SUM),
     Operation("residual_norm", stream_and_norm, SMALL_RESIDUAL_NORM, LARGE_RESIDUAL_NORM),

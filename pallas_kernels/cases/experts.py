@@ -145,6 +145,8 @@ SMALL_GROUPED = (
     GroupedCase("alike", 40, 3, 8, 128, 64, gated=True, deciding=1),
     GroupedCase("sorted", 130, 4, 64, 128, 32, gated=True),
     GroupedCase("sorted, many of a group", 300, 2, 4, 200, 64),
+    GroupedCase("sorted, whole tiles", 280, 2, 4, 200, 128, group_size=128),
+    GroupedCase("sorted, gated, whole tiles", 300, 2, 5, 256, 64, gated=True),
     GroupedCase("w8", 16, 4, 8, 192, 64, gated=True, weights="w8"),
     GroupedCase("dense", 16, 4, 8, 192, 64, gated=True, weights="dense"),
 )
@@ -158,6 +160,8 @@ LARGE_GROUPED = (
     GroupedCase("Gemma 4 26B-A4B gate and up, 64 rows", 64, 8, 128, 2816, 704, gated=True),
     GroupedCase("Gemma 4 26B-A4B gate and up, chunk of 128", 128, 8, 128, 2816, 704, gated=True),
     GroupedCase("Gemma 4 26B-A4B down, chunk of 128", 1024, 1, 128, 704, 2816),
+    GroupedCase("Gemma 4 26B-A4B gate and up, chunk", 1024, 8, 128, 2816, 704, gated=True),
+    GroupedCase("Gemma 4 26B-A4B down, chunk", 8192, 1, 128, 704, 2816),
 )
 SMALL_EXPERT_CHOICE = (
     ExpertChoiceCase("one row", 1, 64, 16, 2),

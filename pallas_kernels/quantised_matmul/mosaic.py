@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import vector
 from jaxlib.mlir.dialects import llvm
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import LINES, PROGRAMS
@@ -107,15 +107,41 @@ def matmul(
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def _run(rows: Float[Array, "rows K"], weight: W4, config: Config, interpret: bool) -> Float[Array, "rows N"]:
-    words, outputs = weight.packed.shape
-    blocks, scale_rows = words // PLANE, BLOCK // weight.group_size
-    tiles = -(-len(rows) // config.rows)
-    padded = jnp.pad(rows, ((0, tiles * config.rows - len(rows)), (0, blocks * BLOCK - rows.shape[1])))
+    padding = -len(rows) % config.rows
+    padded = jnp.pad(rows, ((0, padding), (0, _inputs(weight) - rows.shape[1])))
+    result = tile_products(padded, weight, config, interpret=interpret)
+    if config.splits > 1:
+        result = jnp.sum(result, axis=0).T.astype(jnp.bfloat16)
+    return result[: len(rows)]
+
+
+class Groups(NamedTuple):
+    """Where row tiles find their rows, and the outputs that they are multiplied for: of one matrix of several.
+
+    A tile's rows begin at a multiple of 8, outputs at one of 128. Results of tiles that
+    have a negative one hold anything.
+    """
+
+    first_row: Int[Array, " tiles"]
+    first_output: Int[Array, " tiles"]
+    outputs: int
+
+
+def tile_products(
+    rows: Float[Array, "rows K"], weight: W4, config: Config, *, groups: Groups | None = None, interpret: bool
+) -> Array:
+    """Products bf16[tiles * config.rows, N], or with splits their f32 sums [splits, N, tiles * config.rows].
+
+    Tiles are whole: there are as many rows as all need, and as many columns as words stand for.
+    """
+    tiles = len(rows) // config.rows if groups is None else len(groups.first_row)
+    outputs = weight.packed.shape[1] if groups is None else groups.outputs
+    scale_rows = BLOCK // weight.group_size
     slots = _MEMORY // (2 * (config.rows * BLOCK + (PLANE + scale_rows) * _OUTPUTS))
-    sums = jax.ShapeDtypeStruct((config.splits, outputs, len(padded)), jnp.float32)
+    sums = jax.ShapeDtypeStruct((config.splits, outputs, tiles * config.rows), jnp.float32)
     run = plgpu.kernel(
-        functools.partial(_kernel, config=config, blocks=blocks, interpret=interpret),
-        out_type=sums if config.splits > 1 else jax.ShapeDtypeStruct((len(padded), outputs), jnp.bfloat16),
+        functools.partial(_kernel, config=config, grouped=groups is not None, interpret=interpret),
+        out_type=sums if config.splits > 1 else jax.ShapeDtypeStruct((tiles * config.rows, outputs), jnp.bfloat16),
         grid=(tiles, outputs // _OUTPUTS, config.splits),
         grid_names=("row", "output", "split"),
         num_threads=3,
@@ -131,38 +157,31 @@ def _run(rows: Float[Array, "rows K"], weight: W4, config: Config, interpret: bo
         ],
         **hopper.how(interpret=interpret),
     )
-    result = run(padded, weight.packed, weight.scales)
-    if config.splits > 1:
-        result = jnp.sum(result, axis=0).T.astype(jnp.bfloat16)
-    return result[: len(rows)]
+    places = () if groups is None else (groups.first_row, groups.first_output)
+    return run(rows, weight.packed, weight.scales, *places)
 
 
-def _kernel(
-    x_ref,
-    words_ref,
-    scales_ref,
-    out_ref,
-    x,
-    words,
-    scales,
-    here,
-    done,
-    multiplied,
-    written,
-    *,
-    config: Config,
-    blocks: int,
-    interpret: bool,
-) -> None:
+def _inputs(weight: W4) -> int:
+    """With the padding to whole blocks."""
+    return weight.packed.shape[0] * BLOCK // PLANE
+
+
+def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, interpret: bool) -> None:
     """A slot of memory is `here` when its block has been copied, and `done` when no product reads it any more."""
+    *places, out_ref, x, words, scales, here, done, multiplied, written = refs
     row_tile, output_tile, split = (jax.lax.axis_index(name) for name in ("row", "output", "split"))
     warpgroup = jax.lax.axis_index("warpgroup")
-    slots, scale_rows = scales.shape[:2]
+    (slots, scale_rows), blocks = scales.shape[:2], words_ref.shape[0] // PLANE
     most = -(-blocks // config.splits)
     first, visits = split * most, jnp.minimum(most, blocks - split * most)
     rows = pl.ds(row_tile * config.rows, config.rows)
+    first_row, first_output = row_tile * config.rows, jnp.int32(0)
+    if grouped:
+        first_row, first_output = (place[row_tile] for place in places)
+        first_row, first_output = pl.multiple_of(first_row, 8), pl.multiple_of(first_output, _OUTPUTS)
+    there = first_output >= 0
 
-    @pl.when(warpgroup < 2)
+    @pl.when((warpgroup < 2) & there)
     def _compute() -> None:
         if not interpret:
             plgpu.set_max_registers(240, action="increase")
@@ -220,17 +239,17 @@ def _kernel(
         plgpu.commit_smem()
         plgpu.barrier_arrive(written)
 
-    @pl.when(warpgroup == 2)
+    @pl.when((warpgroup == 2) & there)
     def _copy() -> None:
         if not interpret:
             plgpu.set_max_registers(24, action="decrease")
-        outputs = pl.ds(output_tile * _OUTPUTS, _OUTPUTS)
+        outputs = pl.ds(first_output + output_tile * _OUTPUTS, _OUTPUTS)
 
         def copy(turn: Array, _: None) -> None:
             slot, block = jax.lax.rem(turn, slots), first + turn
             plgpu.barrier_wait(done.at[slot])
             for source, target in (
-                (x_ref.at[rows, pl.ds(block * BLOCK, BLOCK)], x),
+                (x_ref.at[pl.ds(first_row, config.rows), pl.ds(block * BLOCK, BLOCK)], x),
                 (words_ref.at[pl.ds(block * PLANE, PLANE), outputs], words),
                 (scales_ref.at[pl.ds(block * scale_rows, scale_rows), outputs], scales),
             ):
@@ -241,7 +260,7 @@ def _kernel(
             plgpu.barrier_wait(done.at[number])
         if config.splits == 1:
             plgpu.barrier_wait(written)
-            plgpu.copy_smem_to_gmem(x.at[0], out_ref.at[rows, outputs])
+            plgpu.copy_smem_to_gmem(x.at[0], out_ref.at[rows, pl.ds(output_tile * _OUTPUTS, _OUTPUTS)])
             plgpu.wait_smem_to_gmem(0)
 
 

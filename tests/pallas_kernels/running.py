@@ -15,6 +15,9 @@ from pallas_kernels.tuning import Named
 NEEDS_INTERPRETER = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic's interpreter of jax 0.10 knows no transposed slice"
 )
+NEEDS_TRANSPOSED_LOADS = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Mosaic of jax 0.10 loads nothing transposed"
+)
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
 

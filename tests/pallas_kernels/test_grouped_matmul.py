@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cases.experts import LARGE_GROUPED, SMALL_GROUPED, GroupedCase
-from pallas_kernels.grouped_matmul import api, triton
+from pallas_kernels.grouped_matmul import api, mosaic, triton
 from pallas_kernels.operations import shapes
 from pallas_kernels.quantised_matmul.weights import dequantise
-from tests.pallas_kernels.running import each_case, lower, one_program
+from tests.pallas_kernels.running import NEEDS_TRANSPOSED_LOADS, each_case, lower, one_program
 
 RUN = {
     "reference": one_program(api.grouped_matmul, implementation="reference"),
     "triton": functools.partial(triton.grouped_matmul, interpret=True),
 }
+TILES = [case for case in SMALL_GROUPED if case.name.endswith("whole tiles")]
 GATED = GroupedCase("", 16, 4, 16, 256, 64, gated=True)
 
 
@@ -41,6 +42,32 @@ def test_every_row_meets_the_matrices_that_it_chose(case: GroupedCase, implement
     expected = by_row(case, np.asarray(x, np.float64), weight, np.asarray(chosen))
     assert found.shape == expected.shape == (case.rows, case.active, case.outputs)
     np.testing.assert_allclose(found, expected, atol=1.5e-2 * np.abs(expected).max())
+
+
+@NEEDS_TRANSPOSED_LOADS
+@pytest.mark.parametrize(
+    "case",
+    [
+        *TILES,
+        GroupedCase("nobody chose most", 600, 1, 8, 128, 128, deciding=2),
+        GroupedCase("several tiles of a group", 520, 1, 2, 128, 128),
+    ],
+    ids=lambda case: case.name,
+)
+def test_on_mosaic_every_row_meets_the_matrices_that_it_chose(case: GroupedCase) -> None:
+    (x, weight, chosen), keywords = case.arguments()
+    outside = jnp.where(chosen == case.groups - 1, 1 << 20, chosen)
+    found = np.asarray(mosaic.grouped_matmul(x, weight, outside, **keywords, interpret=True), np.float64)
+    expected = by_row(case, np.asarray(x, np.float64), weight, np.asarray(chosen))
+    assert found.shape == expected.shape == (case.rows, case.active, case.outputs)
+    np.testing.assert_allclose(found, expected, atol=1.5e-2 * np.abs(expected).max())
+
+
+@NEEDS_TRANSPOSED_LOADS
+@pytest.mark.parametrize("case", [*TILES, *LARGE_GROUPED[-4:]], ids=lambda case: case.name)
+def test_on_mosaic_lowers_for_cuda(case: GroupedCase) -> None:
+    positional, keywords = shapes(case)
+    assert "mosaic_gpu" in lower(functools.partial(mosaic.grouped_matmul, **keywords), positional)
 
 
 def run(x: Any, weight: Any, chosen: Any) -> np.ndarray:
@@ -99,6 +126,8 @@ def test_what_does_not_fit_is_named() -> None:
         api.grouped_matmul(x.astype(jnp.float32), weight, chosen, **keywords, implementation="triton")
     with pytest.raises(NotImplementedError, match="multiple of 32 outputs of a group, got 16"):
         api.grouped_matmul(x, weight, chosen, groups=64, activation=jax.nn.silu, implementation="triton")
+    with pytest.raises(NotImplementedError, match="more than 512 choices, got 64"):
+        api.grouped_matmul(x, weight, chosen, **keywords, implementation="mosaic")
     with pytest.raises(NotImplementedError, match="'sort'"):
         api.grouped_matmul(x, weight, chosen, **keywords, implementation="sort")
     with pytest.raises(ValueError, match="does not divide 64 outputs"):

@@ -13,15 +13,12 @@ import pytest
 from pallas_kernels.cases.matmul import LARGE_MATMUL, MatmulCase
 from pallas_kernels.operations import shapes
 from pallas_kernels.quantised_matmul import api, mosaic
-from tests.pallas_kernels.running import lower
+from tests.pallas_kernels.running import NEEDS_TRANSPOSED_LOADS, lower
 
-NEEDS_JAX_0_11 = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="Mosaic of jax 0.10 loads nothing transposed"
-)
 CHUNKS = [case for case in LARGE_MATMUL if case.rows > 64 and case.weights == "w4"]
 
 
-@NEEDS_JAX_0_11
+@NEEDS_TRANSPOSED_LOADS
 @pytest.mark.parametrize(
     ("case", "config"),
     [
@@ -42,7 +39,7 @@ def test_product_is_that_of_the_dense_matrix(case: MatmulCase, config: mosaic.Co
     assert np.linalg.norm(found - expected) < 4e-3 * np.linalg.norm(expected)  # the result is rounded to bf16
 
 
-@NEEDS_JAX_0_11
+@NEEDS_TRANSPOSED_LOADS
 def test_a_row_does_not_depend_on_its_neighbours_and_slots_stay_apart() -> None:
     x, weight = MatmulCase("", 130, 256, 128).arguments()[0]
     # Numbers whose products sum exactly: the interpreter multiplies with numpy, which rounds by a row's place.
@@ -54,7 +51,7 @@ def test_a_row_does_not_depend_on_its_neighbours_and_slots_stay_apart() -> None:
     np.testing.assert_array_equal(run(x.reshape(2, 65, -1)).reshape(130, -1), everything)
 
 
-@NEEDS_JAX_0_11
+@NEEDS_TRANSPOSED_LOADS
 @pytest.mark.parametrize("case", CHUNKS, ids=lambda case: case.name)
 def test_lowers_for_cuda(case: MatmulCase) -> None:
     assert "mosaic_gpu" in lower(lambda x, weight: mosaic.matmul(x, weight), shapes(case)[0])
@@ -79,7 +76,7 @@ def test_configs_leave_no_share_empty(splits: int) -> None:
         ({"dtype": "float32"}, "reference"),
     ],
 )
-@pytest.mark.parametrize("hopper", [pytest.param(True, marks=NEEDS_JAX_0_11), False])
+@pytest.mark.parametrize("hopper", [pytest.param(True, marks=NEEDS_TRANSPOSED_LOADS), False])
 def test_chunks_run_on_it_on_hopper_cards(
     change: dict[str, Any], expected: str, hopper: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +97,7 @@ def test_jax_0_10_has_it_not() -> None:
         api.matmul(*MatmulCase("", 128, 256, 128).arguments()[0], implementation="mosaic")
 
 
-@NEEDS_JAX_0_11
+@NEEDS_TRANSPOSED_LOADS
 def test_what_the_kernel_cannot_take_is_named() -> None:
     run = functools.partial(api.matmul, implementation="mosaic")
     for change, message in (
