@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_matmul.triton import MOST_LISTED
 from pallas_kernels.quantised_matmul import mosaic
 from pallas_kernels.quantised_matmul.mosaic import Config, Groups, tile_products
-from pallas_kernels.quantised_matmul.weights import W4, Weight, outputs_of
+from pallas_kernels.quantised_matmul.weights import W4, Weight, outputs_of, padded_inputs
 
 _ALIGNED = 8
 """Rows that copies to shared memory take together."""
@@ -88,8 +88,7 @@ def _run(
     # The last group's last tile reads behind its rows.
     room = -(-choices // _ALIGNED) * _ALIGNED + _ALIGNED * groups + config.rows
     source = jnp.zeros(room, jnp.int32).at[first_rows[ordered] + rank].set(order // active)
-    columns = weight.packed.shape[0] * 4
-    rows = jnp.pad(x, ((0, 0), (0, columns - x.shape[1])))[source]
+    rows = jnp.pad(x, ((0, 0), (0, padded_inputs(weight) - x.shape[1])))[source]
 
     outputs, tile = outputs_of(weight) // groups, jnp.arange(groups + choices // config.rows, dtype=jnp.int32)
     of_tile = jnp.searchsorted(first_tiles, tile, side="right").astype(jnp.int32) - 1

@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import hopper
 from pallas_kernels.hopper import LINES, PROGRAMS
 from pallas_kernels.quantised_matmul.triton import PLANE, UNIT_W4, assembly_of_plane, factors_of_plane, few_rows
-from pallas_kernels.quantised_matmul.weights import BLOCK, W4, Weight
+from pallas_kernels.quantised_matmul.weights import BLOCK, W4, Weight, padded_inputs
 
 _PLANES = 2
 """Multiplied together: 64 inputs, what the matrix instruction's memory layout wants."""
@@ -100,15 +100,15 @@ def matmul(
     rows = x.reshape(-1, x.shape[-1])
     if not isinstance(weight, W4) or why_not(len(rows), x.dtype, weight):
         raise NotImplementedError(f"matmul on Mosaic {why_not(len(rows), x.dtype, weight)}")
-    words, outputs = weight.packed.shape
-    config = config or config_for(len(rows), outputs, words // PLANE)
+    outputs = weight.packed.shape[1]
+    config = config or config_for(len(rows), outputs, padded_inputs(weight) // BLOCK)
     return _run(rows, weight, config, interpret).reshape(*x.shape[:-1], outputs)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def _run(rows: Float[Array, "rows K"], weight: W4, config: Config, interpret: bool) -> Float[Array, "rows N"]:
     padding = -len(rows) % config.rows
-    padded = jnp.pad(rows, ((0, padding), (0, _inputs(weight) - rows.shape[1])))
+    padded = jnp.pad(rows, ((0, padding), (0, padded_inputs(weight) - rows.shape[1])))
     result = tile_products(padded, weight, config, interpret=interpret)
     if config.splits > 1:
         result = jnp.sum(result, axis=0).T.astype(jnp.bfloat16)
@@ -118,8 +118,8 @@ def _run(rows: Float[Array, "rows K"], weight: W4, config: Config, interpret: bo
 class Groups(NamedTuple):
     """Where row tiles find their rows, and the outputs that they are multiplied for: of one matrix of several.
 
-    A tile's rows begin at a multiple of 8, outputs at one of 128. Results of tiles that
-    have a negative one hold anything.
+    A tile's rows begin at a multiple of 8, its outputs at one of 128. Where the latter is negative, results may be
+    anything.
     """
 
     first_row: Int[Array, " tiles"]
@@ -159,11 +159,6 @@ def tile_products(
     )
     places = () if groups is None else (groups.first_row, groups.first_output)
     return run(rows, weight.packed, weight.scales, *places)
-
-
-def _inputs(weight: W4) -> int:
-    """With the padding to whole blocks."""
-    return weight.packed.shape[0] * BLOCK // PLANE
 
 
 def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, interpret: bool) -> None:

@@ -248,6 +248,11 @@ def outputs_of(weight: Weight) -> int:
     return weight.scales.shape[-1] if isinstance(weight, W4 | W8) else weight.shape[0]
 
 
+def padded_inputs(weight: W4) -> int:
+    """K of a weight `[N, K]` with the zeros that fill its last block."""
+    return 4 * weight.packed.shape[0]
+
+
 def take_rows(weight: Weight, ids: Int[Array, ...], in_features: int | None = None) -> Float[Array, "... K"]:
     """Rows of an embedding table, f32. Ids outside the table are clipped into it; `in_features` as in `dequantise`."""
     if isinstance(weight, W4):
