@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from dflash_jax.console import Progress
@@ -411,7 +412,7 @@ def decode(
 
     With --shape and --random: the time of a step and of a block of a big model beside what reading its weights costs.
     """
-    _check_shape(shape, random_weights)
+    _check_shape(shape, random_weights, takes=("tree",))
     if shape is not None:
         from dflash_jax.bench import shapes
 
@@ -436,7 +437,7 @@ def prefill(
 
     With --shape and --random: of a big model, whose prompts are random tokens, beside what their products cost.
     """
-    _check_shape(shape, random_weights)
+    _check_shape(shape, random_weights, takes=("keep_ratio", "bsa"))
     if shape is not None:
         from dflash_jax.bench import shape_prefill
 
@@ -459,9 +460,23 @@ def kernels(**options: Any) -> None:
     kernels.run(**options)
 
 
-def _check_shape(shape: str | None, random_weights: bool) -> None:
+def _check_shape(shape: str | None, random_weights: bool, *, takes: tuple[str, ...]) -> None:
+    """Refuses what would be ignored: of the command's other options, those in `takes` go with a shape."""
     if (shape is None) == random_weights:
         raise click.UsageError("--shape and --random belong together")
+    context = click.get_current_context()
+    taken = {"shape", "random_weights", "contexts", "json_file", *takes}
+    given = [
+        parameter
+        for parameter in context.command.params
+        if parameter.name and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    for parameter in given:
+        name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+        if shape is not None and parameter.name not in taken:
+            raise click.UsageError(f"{name} does not go with --shape")
+        if shape is None and parameter.name == "contexts":
+            raise click.UsageError("--context goes with --shape only")
 
 
 def _load_engine(model: Path | None, options: Mapping[str, Any], progress: Progress) -> Any:

@@ -20,16 +20,16 @@ from unittest import mock
 
 import jax
 import numpy as np
+from compile_for_gpu import abstract_mesh, h100, need_compiler, on_device
 from flax import nnx
 from jax.sharding import use_abstract_mesh
 
 from dflash_jax.bench import shapes
 from dflash_jax.compress.score import Sparse
 from dflash_jax.engine import programs as engine_programs
-from tools.compile_for_gpu import abstract_mesh, h100, need_compiler, on_device
 
 _SMALL = 1 << 20
-"""Results of fewer bytes are zeros, which the engine looks at; larger ones stay shapes."""
+"""Results of fewer bytes are ones, which the engine looks at; larger ones stay shapes."""
 _jit = jax.jit
 
 

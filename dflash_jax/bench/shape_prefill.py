@@ -47,9 +47,10 @@ def run(
     config, ratio = from_hf(TARGETS[shape]), keep_ratio or BOUNDS["relative"].start
     with progress_bar() as progress:
         progress("random weights", 0, 0)
-        programs, _ = random_programs(shape, max(lengths), sparse=Sparse() if bsa else None)
+        programs, _ = random_programs(shape, max(*lengths, Sparse().least_tokens), sparse=Sparse() if bsa else None)
         progress("programs", 0, 0)
-        _row(programs, config, sum(programs.profile.chunks) + 1, ratio)
+        for length in (sum(programs.profile.chunks), *([Sparse().least_tokens] if bsa else [])):  # both chunks of each
+            _row(programs, config, length + 1, ratio)
         rows = []
         for length in lengths:
             progress(f"a prompt of {length:,} tokens", len(rows), len(lengths))

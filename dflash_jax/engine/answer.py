@@ -1,6 +1,6 @@
 """One answer from prompt to last token, as a generator that yields after each visit to the device.
 
-The runner takes turns between answers, so a long prompt never keeps another answer waiting for more than one chunk.
+The runner takes turns between answers, so a long prompt never keeps another answer waiting for more than two chunks.
 """
 
 from __future__ import annotations
@@ -247,6 +247,7 @@ class Answer:
                 parameters = dataclasses.replace(
                     parameters, extras=put(with_answer(parameters.extras, self._generated))
                 )
+            programs.wait_for_chunks()  # of another answer's prompt: they are not this visit's time
             started = time.perf_counter()
             visit, slots = programs.decode(slots, parameters, rows, max_steps=max_steps)
             tokens = np.asarray(visit.tokens)[0, : int(visit.count[0])]

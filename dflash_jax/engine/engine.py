@@ -348,7 +348,7 @@ def _reserve(model: Model, context: int | None, sessions: int | None, *, drafts:
         """Of a prompt that is being scored: its pages, the scorer's own pools, and the keys that scores are made of."""
         own = pools(model.scorer.config, tokens) if model.scorer else 0
         scorer = (model.scorer or model.target).config
-        sizes = {"tokens": _pages(tokens, profile) * profile.page_size, "dtype": profile.dtype}
+        sizes = {"tokens": profile.scored_tokens(_pages(tokens, profile)), "dtype": profile.dtype}
         keys = jax.eval_shape(functools.partial(empty_keys, scorer, _depth(model), **sizes))
         return bytes_of(tokens) + own + sum(key.size * key.dtype.itemsize for key in keys)
 

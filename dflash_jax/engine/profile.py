@@ -47,6 +47,10 @@ class Profile:
         """Rows of a tree; 0 for a chain."""
         return self.block_rows[-1] if self.tree else 0
 
+    def scored_tokens(self, pages: int) -> int:
+        """Tokens that there is room for when a prompt of so many pages is scored: its last chunk may be half empty."""
+        return (pages + -(-self.chunks[-1] // self.page_size)) * self.page_size
+
     def ring(self, config: ModelConfig, pages_per_sequence: int) -> Ring | None:
         """How a model's layers with a window are stored; None if they store all tokens as the others do."""
         return ring_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -155,6 +156,7 @@ class Programs:
     def reset(self) -> None:
         """Empty pools; whatever they held is lost."""
         self._last_chunk: jax.Array | None = None
+        self._failed = False
         sizes = {"page_size": self.profile.page_size, "dtype": self.profile.dtype}
         ring_pages = self._num_ring_pages if self.ring else None
         target = empty_pools(self._target_config, num_pages=self._num_pages, num_ring_pages=ring_pages, **sizes)
@@ -169,8 +171,11 @@ class Programs:
 
     @property
     def lost(self) -> bool:
-        """Whether a program failed after it had taken the pools: only `reset` helps then."""
-        return any(leaf.is_deleted() for leaf in jax.tree.leaves((self.pools, self._scorer_pools)))
+        """Whether a program failed after it had taken the pools: only `reset` helps then.
+
+        One that fails while the host does other things leaves pools that hold nothing but its error.
+        """
+        return self._failed or any(leaf.is_deleted() for leaf in jax.tree.leaves((self.pools, self._scorer_pools)))
 
     def tables(self, pages: Sequence[int], held: Held, length: int) -> Tables:
         """The tables, padded with page 0, of a sequence with these pages and ring pages whose next row is `length`."""
@@ -207,19 +212,16 @@ class Programs:
             self._leaves, self.pools, slots, sampling, np.int32(min(max_steps, self.profile.max_steps))
         )
         host = {name: getattr(visit, name) for name in ("tokens", "count", "steps", "steps_by_count")}
-        return dataclasses.replace(visit, **jax.device_get(host)), slots
+        with self._watched():
+            return dataclasses.replace(visit, **jax.device_get(host)), slots
 
     def begin_reading(self, tables: Tables, start: int, length: int) -> Reading:
         """Buffers for the keys of one prompt of `length` tokens that is being scored.
 
         The scorer has K and V of its first `start` tokens.
         """
-        tokens = self.pages_per_sequence * self.profile.page_size
-        room = (
-            -(-self.profile.chunks[-1] // self.profile.page_size) * self.profile.page_size
-        )  # for a half-empty last chunk
-        config = self._scorer_config or self._target_config
-        keys = put(empty_keys(config, self._depth, tokens=tokens + room, dtype=self.profile.dtype))
+        config, tokens = self._scorer_config or self._target_config, self.profile.scored_tokens(self.pages_per_sequence)
+        keys = put(empty_keys(config, self._depth, tokens=tokens, dtype=self.profile.dtype))
         if self._sparse is None or length < self._sparse.least_tokens:
             return Reading(keys, {})
         return Reading(keys, self._means(self._get_scorer_pools(), tables.pages, np.asarray([start], np.int32)))
@@ -247,7 +249,8 @@ class Programs:
 
     def wait_for_chunks(self) -> None:
         """Returns when all chunks have been read."""
-        jax.block_until_ready(self._last_chunk)
+        with self._watched():
+            jax.block_until_ready(self._last_chunk)
 
     def score(
         self, reading: Reading, question: np.ndarray, positions: np.ndarray, tables: Tables, start: int, length: int
@@ -308,7 +311,17 @@ class Programs:
 
     def _wait_for_the_chunk_before(self, mark: jax.Array) -> None:
         before, self._last_chunk = self._last_chunk, mark
-        jax.block_until_ready(before)
+        with self._watched():
+            jax.block_until_ready(before)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Around whatever waits for the device, which tells only then that a program has failed."""
+        try:
+            yield
+        except Exception:
+            self._failed = True
+            raise
 
     @property
     def _leaves(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:

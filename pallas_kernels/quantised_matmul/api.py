@@ -82,7 +82,7 @@ def matmul_parts(
     chosen = implementation or _default(x, weight)
     if chosen == "triton" and triton.few_rows(_rows(x)):
         return triton.matmul_parts(x, weight)
-    return matmul(x, weight, implementation=implementation)[None]
+    return matmul(x, weight, implementation=chosen)[None]
 
 
 def _default(x: Array, weight: Weight) -> str:

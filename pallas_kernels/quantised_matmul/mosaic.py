@@ -62,6 +62,10 @@ class Config:
     rows: int
     splits: int = 1
 
+    def divides(self, blocks: int) -> bool:
+        """Whether every program has something to do."""
+        return (self.splits - 1) * -(-blocks // self.splits) < blocks
+
 
 def why_not(rows: int, dtype: Any, weight: Any) -> str | None:
     """What the kernel cannot take about these arguments, as the end of a sentence; None when it can."""
@@ -89,19 +93,24 @@ def config_for(rows: int, outputs: int, blocks: int) -> Config:
         parts = _SPLIT + _SPLIT_MEGABYTE * config.splits * rows * outputs * 4e-6 if config.splits > 1 else 0.0
         return -(-programs // PROGRAMS) * (products / _SPEED / 1e6 + _START) + parts
 
-    shares = [splits for splits in _SPLITS if (splits - 1) * -(-blocks // splits) < blocks]
-    return min(itertools.starmap(Config, itertools.product(_ROWS, shares)), key=microseconds)
+    options = (Config(*option) for option in itertools.product(_ROWS, _SPLITS))
+    return min((config for config in options if config.divides(blocks)), key=microseconds)
 
 
 def matmul(
     x: Float[Array, "... K"], weight: Weight, *, config: Config | None = None, interpret: bool = False
 ) -> Float[Array, "... N"]:
-    """`x @ weight.T` in bf16. Raises NotImplementedError for what `why_not` names."""
+    """`x @ weight.T` in bf16. Raises NotImplementedError for what `why_not` names.
+
+    Without a config, that of `config_for`. Raises ValueError for one that leaves a share of the inputs empty.
+    """
     rows = x.reshape(-1, x.shape[-1])
     if not isinstance(weight, W4) or why_not(len(rows), x.dtype, weight):
         raise NotImplementedError(f"matmul on Mosaic {why_not(len(rows), x.dtype, weight)}")
-    outputs = weight.packed.shape[1]
-    config = config or config_for(len(rows), outputs, padded_inputs(weight) // BLOCK)
+    outputs, blocks = weight.packed.shape[1], padded_inputs(weight) // BLOCK
+    config = config or config_for(len(rows), outputs, blocks)
+    if not config.divides(blocks):
+        raise ValueError(f"{config} does not divide {blocks} blocks of {BLOCK} inputs")
     return _run(rows, weight, config, interpret).reshape(*x.shape[:-1], outputs)
 
 
@@ -185,14 +194,14 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, 
             plgpu.barrier_arrive(done.at[number])
 
         def weights_of(slot: Array, planes: Sequence[int]) -> Array:
-            here = words.at[slot, :, lines]
+            of_lines = words.at[slot, :, lines]
             of_planes = [scales.at[slot, plane if scale_rows > 1 else 0, lines] for plane in planes]
             if interpret:
-                return _interpreted_weights(here[...].T, [scale[...] for scale in of_planes], planes)
+                return _interpreted_weights(of_lines[...].T, [scale[...] for scale in of_planes], planes)
             load: Any = plgpu.load  # jax 0.10 has another signature
             by_line = plgpu.Layout.WGMMA.reduce(1)
             loaded = [load(scale, layout=by_line, optimized=False) for scale in of_planes]
-            return _weights(load(here.T, layout=plgpu.Layout.WGMMA), loaded, planes)
+            return _weights(load(of_lines.T, layout=plgpu.Layout.WGMMA), loaded, planes)
 
         def multiply(total_ref):
             def visit(turn: Array, total: Array | None) -> Array | None:

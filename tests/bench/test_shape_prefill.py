@@ -59,3 +59,18 @@ def test_shape_and_random_belong_together() -> None:
         for arguments in (["--shape", "qwen3-8b"], ["--random"]):
             found = CliRunner().invoke(main, ["bench", command, *arguments])
             assert found.exit_code == 2 and "--shape and --random belong together" in found.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prefill", "--shape", "qwen3-8b", "--random", "--plot", "x.png"], "--plot does not go with --shape"),
+        (["prefill", "--shape", "qwen3-8b", "--random", "my-model"], "MODEL does not go with --shape"),
+        (["decode", "--shape", "qwen3-8b", "--random", "--limit", "3"], "--limit does not go with --shape"),
+        (["prefill", "--context", "600"], "--context goes with --shape only"),
+        (["decode", "my-model", "--context", "600"], "--context goes with --shape only"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments: list[str], message: str) -> None:
+    found = CliRunner().invoke(main, ["bench", *arguments])
+    assert found.exit_code == 2 and message in found.output

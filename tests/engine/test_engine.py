@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -313,6 +313,48 @@ def test_a_fault_fails_one_answer_and_the_next_finds_a_working_engine(
     again = engine.generate(CHAT, max_tokens=8, ignore_eos=True)
     assert again.token_ids == expected
     assert again.stats.cached_tokens == 0
+
+
+def test_a_chunk_that_fails_after_it_was_sent_fails_one_answer(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device tells only when somebody waits for it, and all that comes after holds the same error."""
+
+    class Failed:
+        def block_until_ready(self) -> None:
+            raise RuntimeError("the device fell over")
+
+    engine = make(tiny_model(), pflash="off")
+    expected = engine.generate(CHAT, max_tokens=8, ignore_eos=True).token_ids
+    original = Programs.prefill_chunk
+
+    def broken(self: Programs, *arguments: Any) -> None:
+        original(self, *arguments)
+        self._last_chunk = cast("Any", Failed())
+
+    monkeypatch.setattr(Programs, "prefill_chunk", broken)
+    other = [{"role": "user", "content": "something else"}]
+    with pytest.raises(RuntimeError, match="fell over"):
+        engine.generate(other, max_tokens=8)
+    monkeypatch.setattr(Programs, "prefill_chunk", original)
+    again = engine.generate(CHAT, max_tokens=8, ignore_eos=True)
+    assert again.token_ids == expected
+    assert again.stats.cached_tokens == 0  # nothing was left
+
+
+def test_another_answers_chunk_is_not_the_time_of_a_step(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(tiny_model(), pflash="off")
+    waited: list[str] = []
+    wait, decode = Programs.wait_for_chunks, Programs.decode
+    monkeypatch.setattr(Programs, "wait_for_chunks", lambda self: (waited.append("wait"), wait(self))[1])
+    monkeypatch.setattr(
+        Programs, "decode", lambda self, *given, **options: (waited.append("visit"), decode(self, *given, **options))[1]
+    )
+    engine.generate(CHAT, max_tokens=40, ignore_eos=True)
+    visits = [index for index, what in enumerate(waited) if what == "visit"]
+    assert visits and all(waited[index - 1] == "wait" for index in visits)
 
 
 def test_a_handler_that_raises_does_not_stop_the_engine(engine: Engine) -> None:

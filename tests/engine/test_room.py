@@ -99,9 +99,8 @@ def test_what_scoring_a_prompt_takes_is_reserved(own_scorer: bool, monkeypatch: 
     model = dataclasses.replace(model, scorer=tiny_model().target) if own_scorer else model
     engine = Engine(model, pflash="on")
     programs = engine._shared.programs
-    window = programs.pages_per_sequence * model.profile.page_size
     keys = programs.begin_reading(programs.scorer_tables(), 0, 1).keys
-    buffers = sum(key.nbytes * window // len(key) for key in keys)
+    buffers = sum(key.nbytes for key in keys)
     pages = 1 + programs.pages_per_sequence
     pools = sum(leaf.nbytes * (pages - 1) // pages for leaf in jax.tree.leaves(programs._scorer_pools))
     assert (pools > 0) == own_scorer

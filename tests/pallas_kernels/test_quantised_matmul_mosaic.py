@@ -60,8 +60,11 @@ def test_lowers_for_cuda(case: MatmulCase) -> None:
 @pytest.mark.parametrize("splits", range(1, 9))
 def test_configs_leave_no_share_empty(splits: int) -> None:
     for rows, outputs, blocks in ((65, 128, splits), (128, 5376, splits), (1024, 43_008, splits), (128, 128, 42)):
-        config = mosaic.config_for(rows, outputs, blocks)
-        assert (config.splits - 1) * -(-blocks // config.splits) < blocks
+        assert mosaic.config_for(rows, outputs, blocks).divides(blocks)
+    given, of_four = mosaic.Config(128, splits=splits), MatmulCase("", 128, 512, 128)
+    if jax.__version_info__ >= (0, 11) and splits in (3, 5):
+        with pytest.raises(ValueError, match=f"splits={splits}.* does not divide 4 blocks of 128 inputs"):
+            jax.eval_shape(functools.partial(mosaic.matmul, config=given), *shapes(of_four)[0])
 
 
 @pytest.mark.parametrize(
