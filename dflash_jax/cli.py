@@ -437,12 +437,12 @@ def prefill(
 
     With --shape and --random: of a big model, whose prompts are random tokens, beside what their products cost.
     """
-    _check_shape(shape, random_weights, takes=("keep_ratio", "bsa"))
+    _check_shape(shape, random_weights, takes=("keep_ratio", "bsa", "plot"))
     if shape is not None:
         from dflash_jax.bench import shape_prefill
 
         how = {"keep_ratio": options["keep_ratio"], "bsa": options["bsa"] == "on"}
-        shape_prefill.run(shape, contexts or (8192, 32_768), options["json_file"], **how)
+        shape_prefill.run(shape, contexts or (8192, 32_768), options["json_file"], options["plot"], **how)
         return
     from dflash_jax.bench import prefill
 

@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dflash_jax.bench.plot import check_plot, plot_prefill
 from dflash_jax.bench.report import FLOPS, environment, write
 from dflash_jax.bench.shapes import TARGETS, random_programs
 from dflash_jax.compress.prune import select
@@ -35,6 +36,7 @@ def run(
     shape: str,
     lengths: Sequence[int],
     json_file: Path | None = None,
+    plot: Path | None = None,
     *,
     keep_ratio: float | None = None,
     bsa: bool = False,
@@ -43,6 +45,7 @@ def run(
 
     Without a `keep_ratio` so much is kept as a new session keeps.
     """
+    check_plot(plot)
     enable_persistent_cache()
     config, ratio = from_hf(TARGETS[shape]), keep_ratio or BOUNDS["relative"].start
     with progress_bar() as progress:
@@ -59,6 +62,7 @@ def run(
     report = {**environment(), "model": model, "keep_ratio": ratio, "bsa": bsa, "rows": rows}
     _print(report)
     write(json_file, report)
+    plot_prefill(plot, report)
     return report
 
 

@@ -35,9 +35,11 @@ def test_a_prompt_is_read_with_and_without_pflash(monkeypatch: pytest.MonkeyPatc
         Programs, "prefill_chunk", lambda self, ids, *rest: (read.append(len(ids)), prefill(self, ids, *rest))[1]
     )
     file = tmp_path / "report.json"
-    arguments = ["--shape", "qwen3-8b", "--random", "--context", "600", "--keep-ratio", "0.5", "--json", str(file)]
-    found = CliRunner().invoke(main, ["bench", "prefill", *arguments])
+    arguments = ["--shape", "qwen3-8b", "--random", "--context", "600", "--keep-ratio", "0.5"]
+    files = ["--json", str(file), "--plot", str(tmp_path / "report.png")]
+    found = CliRunner().invoke(main, ["bench", "prefill", *arguments, *files])
     assert found.exit_code == 0, found.output
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     (row,) = json.loads(file.read_text())["rows"]
     kept = row["kept_tokens"]
     assert row["prompt_tokens"] == 600 and 0.8 * 316 < kept <= 316  # 32 and half of the others at most, in whole chunks
@@ -64,7 +66,7 @@ def test_shape_and_random_belong_together() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prefill", "--shape", "qwen3-8b", "--random", "--plot", "x.png"], "--plot does not go with --shape"),
+        (["prefill", "--shape", "qwen3-8b", "--random", "--scorer", "x"], "--scorer does not go with --shape"),
         (["prefill", "--shape", "qwen3-8b", "--random", "my-model"], "MODEL does not go with --shape"),
         (["decode", "--shape", "qwen3-8b", "--random", "--limit", "3"], "--limit does not go with --shape"),
         (["prefill", "--context", "600"], "--context goes with --shape only"),
