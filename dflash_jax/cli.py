@@ -438,15 +438,16 @@ def prefill(
     With --shape and --random: of a big model, whose prompts are random tokens, beside what their products cost.
     """
     _check_shape(shape, random_weights, takes=("keep_ratio", "bsa", "plot"))
+    options = _with_bsa(options)
     if shape is not None:
         from dflash_jax.bench import shape_prefill
 
-        how = {"keep_ratio": options["keep_ratio"], "bsa": options["bsa"] == "on"}
-        shape_prefill.run(shape, contexts or (8192, 32_768), options["json_file"], options["plot"], **how)
+        names = ("json_file", "plot", "keep_ratio", "bsa")
+        shape_prefill.run(shape, contexts or (8192, 32_768), **{name: options[name] for name in names})
         return
     from dflash_jax.bench import prefill
 
-    prefill.run(model, **_with_bsa(options))
+    prefill.run(model, **options)
 
 
 @bench.command()

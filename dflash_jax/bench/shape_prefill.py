@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,8 @@ def _first_token(programs: Programs, ids: np.ndarray) -> None:
     """Reads all tokens but the last one, and takes a step."""
     last, tables = len(ids) - 1, programs.whole_tables()
     positions = np.arange(len(ids), dtype=np.int32)
-
-    def read(begin: int, end: int) -> None:
+    for begin, end in chunks_of(last, programs.profile):
         programs.prefill_chunk(ids[begin:end], positions[begin:end], tables, begin)
-
-    _in_chunks(programs, last, read)
     slots = new_slots(tables, length=last, position=last, anchor=int(ids[last]), limit=1, stop_ids=())
     programs.decode(slots, sampling_parameters(temperature=0.0), PLAIN, max_steps=1)
 
@@ -105,22 +102,13 @@ def _kept(programs: Programs, ids: np.ndarray, ratio: float) -> np.ndarray:
     length, tables = len(ids), programs.whole_tables()
     positions = np.arange(length + QUESTION_ROWS, dtype=np.int32)
     reading = programs.begin_reading(tables, 0, length)
-
-    def read(begin: int, end: int) -> None:
-        nonlocal reading
+    for begin, end in chunks_of(length, programs.profile):
         rows = slice(begin, end)
         reading = programs.read_for_scoring(reading, ids[rows], positions[rows], tables, begin, begin, length)
-
-    _in_chunks(programs, length, read)
     question = np.resize(ids[-QUESTION_ROWS:], QUESTION_ROWS)
     scores = programs.score(reading, question, positions[length:], tables, length, length)
     droppable = np.arange(length) < length - QUESTION_ROWS
     return select(scores, droppable, ratio)
-
-
-def _in_chunks(programs: Programs, length: int, read: Callable[[int, int], None]) -> None:
-    for begin, end in chunks_of(length, programs.profile):
-        read(begin, end)
 
 
 def _operations(config: ModelConfig, tokens: int) -> float:
@@ -128,8 +116,8 @@ def _operations(config: ModelConfig, tokens: int) -> float:
     products = 0.0
     for name, parameter in target_parameters(config).items():
         if name.startswith("layers.") and len(parameter.shape) == 2:
-            expert = config.experts is not None and name.endswith(("experts.gate_up", "experts.down"))
-            share = config.experts.active / config.experts.count if expert and config.experts else 1.0
+            experts = config.experts if name.endswith(("experts.gate_up", "experts.down")) else None
+            share = experts.active / experts.count if experts else 1.0
             products += 2 * math.prod(parameter.shape) * share * tokens
     for layer in config.layers:
         window = min(layer.window or tokens, tokens)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul.triton import MOST_LISTED
+from pallas_kernels.grouped_matmul.triton import MOST_LISTED, sorted_choices
 from pallas_kernels.quantised_matmul import mosaic
-from pallas_kernels.quantised_matmul.mosaic import Config, Groups, tile_products
+from pallas_kernels.quantised_matmul.mosaic import OUTPUTS, Config, Groups, tile_products
 from pallas_kernels.quantised_matmul.weights import W4, Weight, outputs_of, padded_inputs
 
 _ALIGNED = 8
@@ -35,11 +35,7 @@ def why_not(choices: int, dtype: Any, weight: Weight, *, groups: int) -> str | N
     if reason := mosaic.why_not(choices, dtype, weight):
         return reason
     outputs = outputs_of(weight) // groups
-    return (
-        f"takes groups of a multiple of {2 * mosaic.LINES} outputs, got {outputs}"
-        if outputs % (2 * mosaic.LINES)
-        else None
-    )
+    return f"takes groups of a multiple of {OUTPUTS} outputs, got {outputs}" if outputs % OUTPUTS else None
 
 
 def config_for(choices: int, groups: int) -> Config:
@@ -77,11 +73,10 @@ def _run(
     interpret: bool,
 ) -> Float[Array, "R A N"]:
     choices, active = chosen.size, chosen.shape[1]
-    group = jnp.clip(chosen.reshape(-1), 0, groups - 1)
-    order = jnp.argsort(group, stable=True)
-    counts = jnp.bincount(group, length=groups)
-    ordered = group[order]
-    rank = jnp.arange(choices, dtype=jnp.int32) - _before(counts)[ordered]  # among those of its group
+    order, starts = sorted_choices(chosen.reshape(-1), groups)
+    ordered = jnp.clip(chosen.reshape(-1)[order], 0, groups - 1)
+    rank = jnp.arange(choices, dtype=jnp.int32) - starts[ordered]  # among those of its group
+    counts = jnp.diff(starts)
     first_rows, tiles = _before(-(-counts // _ALIGNED) * _ALIGNED), -(-counts // config.rows)
     first_tiles = _before(tiles)
 

@@ -16,6 +16,7 @@ from pallas_kernels.quantised_matmul.weights import (
     concatenate,
     dequantise,
     pack_w4,
+    padded_inputs,
     quantise_w4,
     quantise_w8,
     take_rows,
@@ -104,7 +105,7 @@ def _rows(x: Array) -> int:
 def _check(x: Array, weight: Weight) -> None:
     columns = x.shape[-1]
     if isinstance(weight, W4):
-        held = 4 * weight.packed.shape[0]
+        held = padded_inputs(weight)
         fits = held - 128 < columns <= held
     else:
         held = (weight.values if isinstance(weight, W8) else weight).shape[1]

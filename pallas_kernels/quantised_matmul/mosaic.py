@@ -40,7 +40,7 @@ from pallas_kernels.quantised_matmul.weights import BLOCK, W4, Weight, padded_in
 
 _PLANES = 2
 """Multiplied together: 64 inputs, what the matrix instruction's memory layout wants."""
-_OUTPUTS = 2 * LINES
+OUTPUTS = 2 * LINES
 """Of a tile."""
 _ROWS = (256, 176, 128)
 """Of a tile; what is fastest follows from how many tiles there are."""
@@ -78,7 +78,7 @@ def why_not(rows: int, dtype: Any, weight: Any) -> str | None:
     if dtype != jnp.bfloat16:
         return f"takes bf16 rows, got {dtype}"
     outputs = weight.packed.shape[1]
-    return f"takes a multiple of {_OUTPUTS} outputs, got {outputs}" if outputs % _OUTPUTS else None
+    return f"takes a multiple of {OUTPUTS} outputs, got {outputs}" if outputs % OUTPUTS else None
 
 
 def config_for(rows: int, outputs: int, blocks: int) -> Config:
@@ -88,8 +88,8 @@ def config_for(rows: int, outputs: int, blocks: int) -> Config:
     """
 
     def microseconds(config: Config) -> float:
-        programs = -(-rows // config.rows) * (outputs // _OUTPUTS) * config.splits
-        products = 2 * config.rows * _OUTPUTS * BLOCK * -(-blocks // config.splits)
+        programs = -(-rows // config.rows) * (outputs // OUTPUTS) * config.splits
+        products = 2 * config.rows * OUTPUTS * BLOCK * -(-blocks // config.splits)
         parts = _SPLIT + _SPLIT_MEGABYTE * config.splits * rows * outputs * 4e-6 if config.splits > 1 else 0.0
         return -(-programs // PROGRAMS) * (products / _SPEED / 1e6 + _START) + parts
 
@@ -105,8 +105,9 @@ def matmul(
     Without a config, that of `config_for`. Raises ValueError for one that leaves a share of the inputs empty.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if not isinstance(weight, W4) or why_not(len(rows), x.dtype, weight):
-        raise NotImplementedError(f"matmul on Mosaic {why_not(len(rows), x.dtype, weight)}")
+    reason = why_not(len(rows), x.dtype, weight)
+    if not isinstance(weight, W4) or reason:
+        raise NotImplementedError(f"matmul on Mosaic {reason}")
     outputs, blocks = weight.packed.shape[1], padded_inputs(weight) // BLOCK
     config = config or config_for(len(rows), outputs, blocks)
     if not config.divides(blocks):
@@ -146,19 +147,19 @@ def tile_products(
     tiles = len(rows) // config.rows if groups is None else len(groups.first_row)
     outputs = weight.packed.shape[1] if groups is None else groups.outputs
     scale_rows = BLOCK // weight.group_size
-    slots = _MEMORY // (2 * (config.rows * BLOCK + (PLANE + scale_rows) * _OUTPUTS))
+    slots = _MEMORY // (2 * (config.rows * BLOCK + (PLANE + scale_rows) * OUTPUTS))
     sums = jax.ShapeDtypeStruct((config.splits, outputs, tiles * config.rows), jnp.float32)
     run = plgpu.kernel(
         functools.partial(_kernel, config=config, grouped=groups is not None, interpret=interpret),
         out_type=sums if config.splits > 1 else jax.ShapeDtypeStruct((tiles * config.rows, outputs), jnp.bfloat16),
-        grid=(tiles, outputs // _OUTPUTS, config.splits),
+        grid=(tiles, outputs // OUTPUTS, config.splits),
         grid_names=("row", "output", "split"),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
             hopper.shared(slots, config.rows, BLOCK),
-            hopper.shared(slots, PLANE, _OUTPUTS, dtype=jnp.int16),
-            plgpu.SMEM((slots, scale_rows, _OUTPUTS), jnp.float16),
+            hopper.shared(slots, PLANE, OUTPUTS, dtype=jnp.int16),
+            plgpu.SMEM((slots, scale_rows, OUTPUTS), jnp.float16),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2),
@@ -182,7 +183,7 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, 
     first_row, first_output = row_tile * config.rows, jnp.int32(0)
     if grouped:
         first_row, first_output = (place[row_tile] for place in places)
-        first_row, first_output = pl.multiple_of(first_row, 8), pl.multiple_of(first_output, _OUTPUTS)
+        first_row, first_output = pl.multiple_of(first_row, 8), pl.multiple_of(first_output, OUTPUTS)
     there = first_output >= 0
 
     @pl.when((warpgroup < 2) & there)
@@ -230,7 +231,7 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, 
 
         total = pl.run_scoped(multiply, ACC((LINES, config.rows), jnp.float32)) * UNIT_W4
         if config.splits > 1:
-            out_ref[split, pl.ds(output_tile * _OUTPUTS + warpgroup * LINES, LINES), rows] = total
+            out_ref[split, pl.ds(output_tile * OUTPUTS + warpgroup * LINES, LINES), rows] = total
             return
         # Results go where rows were, when neither warpgroup reads these any more.
         plgpu.barrier_arrive(multiplied)
@@ -247,7 +248,7 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, 
     def _copy() -> None:
         if not interpret:
             plgpu.set_max_registers(24, action="decrease")
-        outputs = pl.ds(first_output + output_tile * _OUTPUTS, _OUTPUTS)
+        outputs = pl.ds(first_output + output_tile * OUTPUTS, OUTPUTS)
 
         def copy(turn: Array, _: None) -> None:
             slot, block = jax.lax.rem(turn, slots), first + turn
@@ -264,7 +265,7 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, 
             plgpu.barrier_wait(done.at[number])
         if config.splits == 1:
             plgpu.barrier_wait(written)
-            plgpu.copy_smem_to_gmem(x.at[0], out_ref.at[rows, pl.ds(output_tile * _OUTPUTS, _OUTPUTS)])
+            plgpu.copy_smem_to_gmem(x.at[0], out_ref.at[rows, pl.ds(output_tile * OUTPUTS, OUTPUTS)])
             plgpu.wait_smem_to_gmem(0)
 
 
