@@ -12,7 +12,7 @@ from dflash_jax.models.config import ModelConfig
 from dflash_jax.models.layers import ACTIVATIONS, Parts, Weight, dense
 from pallas_kernels.expert_choice.api import choose_experts
 from pallas_kernels.expert_sum.api import expert_sum
-from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_products
 
 
 class Experts(nnx.Module):
@@ -51,9 +51,10 @@ class Experts(nnx.Module):
         groups, activation = self.config.count, ACTIVATIONS[self.activation]
         narrow = grouped_matmul(normed, self.gate_up.get_value(), chosen, groups=groups, activation=activation)
         each = narrow.reshape(-1, narrow.shape[-1])  # [rows * active, width]
-        back = grouped_matmul(each, self.down.get_value(), chosen.reshape(-1, 1), groups=groups)
+        back, place = grouped_products(each, self.down.get_value(), chosen.reshape(-1, 1), groups=groups)
         both = expert_sum(
-            back.reshape(*chosen.shape, -1),
+            back,
+            place,
             weights,
             self.post_norm.get_value(),
             beside.reshape(-1, *rows.shape),

@@ -104,24 +104,28 @@ class ExpertChoiceCase:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertSumCase:
-    """Arguments of expert_sum."""
+    """Arguments of expert_sum; `spread` ones came back to places of a list, in which there are others."""
 
     name: str
     rows: int
     active: int
     dim: int
     parts: int
+    spread: bool = False
     dtype: str = "float32"
 
     def arguments(self, seed: Seed = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments; one part is of the case's dtype, several are f32."""
         generator = np.random.default_rng(seed)
-        back = generator.standard_normal((self.rows, self.active, self.dim), np.float32)
+        choices = self.rows * self.active
+        places = 2 * choices if self.spread else choices
+        back = generator.standard_normal((places, self.dim), np.float32)
+        place = jnp.asarray(generator.permutation(places)[:choices], jnp.int32) if self.spread else None
         parts = generator.standard_normal((self.parts, self.rows, self.dim), np.float32)
         weights = jnp.asarray(generator.uniform(0.05, 0.3, (self.rows, self.active)), jnp.float32)
         scales = [jnp.asarray(generator.uniform(0.5, 1.5, self.dim), jnp.float32) for _ in range(2)]
         parts = jnp.asarray(parts, dtype_of_parts(self.parts, self.dtype))
-        return (jnp.asarray(back, self.dtype), weights, scales[0], parts, scales[1]), {"eps": 1e-6}
+        return (jnp.asarray(back, self.dtype), place, weights, scales[0], parts, scales[1]), {"eps": 1e-6}
 
     @property
     def bytes(self) -> int:
@@ -178,8 +182,9 @@ SMALL_EXPERT_SUM = (
     ExpertSumCase("one row", 1, 2, 64, 1),
     ExpertSumCase("splits", 5, 3, 96, 4),
     ExpertSumCase("bf16", 16, 8, 352, 3, dtype="bfloat16"),
+    ExpertSumCase("spread", 6, 3, 96, 2, spread=True),
 )
 LARGE_EXPERT_SUM = (
     ExpertSumCase("Gemma 4 26B-A4B step", 16, 8, 2816, 3, dtype="bfloat16"),
-    ExpertSumCase("Gemma 4 26B-A4B chunk", 1024, 8, 2816, 1, dtype="bfloat16"),
+    ExpertSumCase("Gemma 4 26B-A4B chunk", 1024, 8, 2816, 1, spread=True, dtype="bfloat16"),
 )

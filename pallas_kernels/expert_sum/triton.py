@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.residual_norm.triton import warps_of_row
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def expert_sum(
-    back: Float[Array, "rows active dim"],
+    back: Float[Array, "places dim"],
+    place: Int[Array, " choices"] | None,
     weights: Float[Array, "rows active"],
     scale: Float[Array, " dim"],
     parts: Float[Array, "parts rows dim"],
@@ -25,23 +26,25 @@ def expert_sum(
     interpret: bool = False,
 ) -> Float[Array, "rows dim"]:
     """See `api.expert_sum`."""
-    rows, _, dim = back.shape
+    rows, dim = len(weights), back.shape[1]
+    arrays = (back, *([] if place is None else [place]), weights, scale, parts, parts_scale)
     width = pl.next_power_of_2(dim)
     whole = pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.BlockSpec()
     return pl.pallas_call(
         functools.partial(_kernel, width=width, eps=eps),
         grid=(rows,),
-        in_specs=[whole] * 5,
+        in_specs=[whole] * len(arrays),
         out_specs=whole,
         out_shape=jax.ShapeDtypeStruct((rows, dim), back.dtype),
         compiler_params=plt.CompilerParams(num_warps=warps_of_row(width), num_stages=1),
         interpret=interpret,
         name="expert_sum",
-    )(back, weights, scale, parts, parts_scale)
+    )(*arrays)
 
 
-def _kernel(back_ref, weights_ref, scale_ref, parts_ref, parts_scale_ref, out_ref, *, width: int, eps: float) -> None:
-    row, (_, active, dim) = pl.program_id(0), back_ref.shape
+def _kernel(back_ref, *refs, width: int, eps: float) -> None:
+    *places, weights_ref, scale_ref, parts_ref, parts_scale_ref, out_ref = refs
+    row, (active, dim) = pl.program_id(0), (weights_ref.shape[1], back_ref.shape[1])
     numbers, inside = pl.ds(0, width), jnp.arange(width, dtype=jnp.int32) < dim
 
     def load(ref, *place):
@@ -58,7 +61,9 @@ def _kernel(back_ref, weights_ref, scale_ref, parts_ref, parts_scale_ref, out_re
     scale, parts_scale = load(scale_ref), load(parts_scale_ref)
     mixed = jnp.zeros(width, jnp.float32)
     for rank in range(active):
-        mixed += rounded(load(back_ref, row, rank) * rounded(weights_ref[row, rank]))
+        choice = row * active + rank
+        place = places[0][choice] if places else choice
+        mixed += rounded(load(back_ref, place) * rounded(weights_ref[row, rank]))
     total = load(parts_ref, 0, row)
     for part in range(1, parts_ref.shape[0]):
         total += load(parts_ref, part, row)

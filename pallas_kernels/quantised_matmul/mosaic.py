@@ -128,12 +128,12 @@ def _run(rows: Float[Array, "rows K"], weight: W4, config: Config, interpret: bo
 class Groups(NamedTuple):
     """Where row tiles find their rows, and the outputs that they are multiplied for: of one matrix of several.
 
-    A tile's rows begin at a multiple of 8, its outputs at one of 128. Where the latter is negative, results may be
-    anything.
+    A tile's rows begin at a multiple of 8, its outputs at one of 128. Of the `tiles` first ones there are results.
     """
 
-    first_row: Int[Array, " tiles"]
-    first_output: Int[Array, " tiles"]
+    first_row: Int[Array, " most_tiles"]
+    first_output: Int[Array, " most_tiles"]
+    tiles: Int[Array, " 1"]
     outputs: int
 
 
@@ -144,16 +144,16 @@ def tile_products(
 
     Tiles are whole: there are as many rows as all need, and as many columns as words stand for.
     """
-    tiles = len(rows) // config.rows if groups is None else len(groups.first_row)
+    row_tiles = len(rows) // config.rows if groups is None else len(groups.first_row)
     outputs = weight.packed.shape[1] if groups is None else groups.outputs
     scale_rows = BLOCK // weight.group_size
     slots = _MEMORY // (2 * (config.rows * BLOCK + (PLANE + scale_rows) * OUTPUTS))
-    sums = jax.ShapeDtypeStruct((config.splits, outputs, tiles * config.rows), jnp.float32)
+    sums = jax.ShapeDtypeStruct((config.splits, outputs, row_tiles * config.rows), jnp.float32)
     run = plgpu.kernel(
         functools.partial(_kernel, config=config, grouped=groups is not None, interpret=interpret),
-        out_type=sums if config.splits > 1 else jax.ShapeDtypeStruct((tiles * config.rows, outputs), jnp.bfloat16),
-        grid=(tiles, outputs // OUTPUTS, config.splits),
-        grid_names=("row", "output", "split"),
+        out_type=sums if config.splits > 1 else jax.ShapeDtypeStruct((row_tiles * config.rows, outputs), jnp.bfloat16),
+        grid=(_programs(row_tiles * (outputs // OUTPUTS), config), config.splits),
+        grid_names=("program", "split"),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
@@ -163,30 +163,47 @@ def tile_products(
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
         ],
         **hopper.how(interpret=interpret),
     )
-    places = () if groups is None else (groups.first_row, groups.first_output)
+    places = () if groups is None else (groups.first_row, groups.first_output, groups.tiles)
     return run(rows, weight.packed, weight.scales, *places)
 
 
+def _programs(tiles: int, config: Config) -> int:
+    """For each share of the inputs. One for each multiprocessor makes tile after tile; of a share, a tile only."""
+    return min(PROGRAMS, tiles) if config.splits == 1 else tiles
+
+
 def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, interpret: bool) -> None:
-    """A slot of memory is `here` when its block has been copied, and `done` when no product reads it any more."""
-    *places, out_ref, x, words, scales, here, done, multiplied, written = refs
-    row_tile, output_tile, split = (jax.lax.axis_index(name) for name in ("row", "output", "split"))
+    """A slot of memory is `here` when its block has been copied, and `done` when no product reads it any more.
+
+    A tile's result stands in the slot of its last block, which is done when the result is there: before the slot is
+    copied to again, the result is copied away.
+    """
+    *places, out_ref, x, words, scales, here, done, multiplied = refs
+    program, split = jax.lax.axis_index("program"), jax.lax.axis_index("split")
     warpgroup = jax.lax.axis_index("warpgroup")
     (slots, scale_rows), blocks = scales.shape[:2], words_ref.shape[0] // PLANE
     most = -(-blocks // config.splits)
     first, visits = split * most, jnp.minimum(most, blocks - split * most)
-    rows = pl.ds(row_tile * config.rows, config.rows)
-    first_row, first_output = row_tile * config.rows, jnp.int32(0)
-    if grouped:
-        first_row, first_output = (place[row_tile] for place in places)
-        first_row, first_output = pl.multiple_of(first_row, 8), pl.multiple_of(first_output, OUTPUTS)
-    there = first_output >= 0
+    row_tiles, output_tiles = out_ref.shape[-1 if config.splits > 1 else 0] // config.rows, out_ref.shape[1] // OUTPUTS
+    programs, own_tiles = _programs(row_tiles * output_tiles, config), jnp.int32(1)
+    if config.splits == 1:
+        visits, tiles = jnp.int32(blocks), jnp.int32(row_tiles * output_tiles)
+        if grouped:
+            tiles = places[2][0] * output_tiles
+        own_tiles = jax.lax.div(tiles + (programs - 1) - program, jnp.int32(programs))
+    own_visits = own_tiles * visits
 
-    @pl.when((warpgroup < 2) & there)
+    def tile_of(number: Array) -> tuple[Array, Array]:
+        """Rows and outputs of a program's tile: neighbours share what there is more of to read."""
+        tile = program + number * programs
+        if grouped:
+            return jax.lax.div(tile, output_tiles), jax.lax.rem(tile, output_tiles)
+        return jax.lax.rem(tile, row_tiles), jax.lax.div(tile, row_tiles)
+
+    @pl.when(warpgroup < 2)
     def _compute() -> None:
         if not interpret:
             plgpu.set_max_registers(240, action="increase")
@@ -204,69 +221,85 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, 
             loaded = [load(scale, layout=by_line, optimized=False) for scale in of_planes]
             return _weights(load(of_lines.T, layout=plgpu.Layout.WGMMA), loaded, planes)
 
-        def multiply(total_ref):
-            def visit(turn: Array, total: Array | None) -> Array | None:
-                slot = jax.lax.rem(turn, slots)
-                plgpu.barrier_wait(here.at[slot])
-                for plane in range(0, 4, _PLANES):
-                    if not interpret:  # what is made now stands where the product before last had its weights
-                        plgpu.wgmma_wait(1)
-                    if plane > 0:
-                        plgpu.barrier_arrive(done.at[jax.lax.rem(turn + (slots - 1), slots)])
-                    weights = weights_of(slot, range(plane, plane + _PLANES))
-                    columns = pl.ds(plane * PLANE, _PLANES * PLANE)
-                    if total is None:
-                        plgpu.wgmma(total_ref, weights, x.at[slot, :, columns].T)
-                    else:
-                        total += jnp.dot(weights, x[slot, :, columns].astype(jnp.float32).T)
+        def add_up(number: Array, _: None) -> None:
+            def multiply(total_ref):
+                def visit(turn: Array, total: Array | None) -> Array | None:
+                    slot = jax.lax.rem(turn, slots)
+                    plgpu.barrier_wait(here.at[slot])
+                    for plane in range(0, 4, _PLANES):
+                        if not interpret:  # what is made now stands where the product before last had its weights
+                            plgpu.wgmma_wait(1)
+                        if plane > 0:
+                            plgpu.barrier_arrive(done.at[jax.lax.rem(turn + (slots - 1), slots)])
+                        weights = weights_of(slot, range(plane, plane + _PLANES))
+                        columns = pl.ds(plane * PLANE, _PLANES * PLANE)
+                        if total is None:
+                            plgpu.wgmma(total_ref, weights, x.at[slot, :, columns].T)
+                        else:
+                            total += jnp.dot(weights, x[slot, :, columns].astype(jnp.float32).T)
+                    return total
+
+                zeros = jnp.zeros((LINES, config.rows), jnp.float32)
+                turns = number * visits, (number + 1) * visits
+                total = jax.lax.fori_loop(*turns, visit, zeros if interpret else None)
+                if total is None:
+                    plgpu.wgmma_wait(0)
+                    total = total_ref[...]
                 return total
 
-            zeros = jnp.zeros((LINES, config.rows), jnp.float32)
-            total = jax.lax.fori_loop(0, visits, visit, zeros if interpret else None)
-            if total is None:
-                plgpu.wgmma_wait(0)
-                total = total_ref[...]
-            plgpu.barrier_arrive(done.at[jax.lax.rem(visits - 1, slots)])
-            return total
+            total = pl.run_scoped(multiply, ACC((LINES, config.rows), jnp.float32)) * UNIT_W4
+            if config.splits > 1:
+                row_tile, output_tile = tile_of(number)
+                outputs = pl.ds(output_tile * OUTPUTS + warpgroup * LINES, LINES)
+                out_ref[split, outputs, pl.ds(row_tile * config.rows, config.rows)] = total
+                return
+            plgpu.barrier_arrive(multiplied)
+            plgpu.barrier_wait(multiplied)  # neither warpgroup reads the last block's rows any more
+            result = x.at[jax.lax.rem((number + 1) * visits - 1, slots), :, lines]
+            if interpret:
+                result[...] = total.T.astype(jnp.bfloat16)
+            else:
+                result.T[...] = total.astype(jnp.bfloat16)
+            plgpu.commit_smem()
 
-        total = pl.run_scoped(multiply, ACC((LINES, config.rows), jnp.float32)) * UNIT_W4
-        if config.splits > 1:
-            out_ref[split, pl.ds(output_tile * OUTPUTS + warpgroup * LINES, LINES), rows] = total
-            return
-        # Results go where rows were, when neither warpgroup reads these any more.
-        plgpu.barrier_arrive(multiplied)
-        plgpu.barrier_wait(multiplied)
-        result = x.at[0, :, lines]
-        if interpret:
-            result[...] = total.T.astype(jnp.bfloat16)
-        else:
-            result.T[...] = total.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(written)
+        jax.lax.fori_loop(0, own_tiles, add_up, None)
+        plgpu.barrier_arrive(done.at[jax.lax.rem(own_visits + (slots - 1), slots)])
 
-    @pl.when((warpgroup == 2) & there)
+    @pl.when(warpgroup == 2)
     def _copy() -> None:
         if not interpret:
             plgpu.set_max_registers(24, action="decrease")
-        outputs = pl.ds(first_output + output_tile * OUTPUTS, OUTPUTS)
 
         def copy(turn: Array, _: None) -> None:
-            slot, block = jax.lax.rem(turn, slots), first + turn
-            plgpu.barrier_wait(done.at[slot])
-            for source, target in (
-                (x_ref.at[pl.ds(first_row, config.rows), pl.ds(block * BLOCK, BLOCK)], x),
-                (words_ref.at[pl.ds(block * PLANE, PLANE), outputs], words),
-                (scales_ref.at[pl.ds(block * scale_rows, scale_rows), outputs], scales),
-            ):
-                plgpu.copy_gmem_to_smem(source, target.at[slot], here.at[slot])
+            slot, before = jax.lax.rem(turn, slots), turn - slots
+            plgpu.barrier_wait(done.at[slot])  # after the last turns too: nobody leaves before all has been read
 
-        jax.lax.fori_loop(0, visits, copy, None)
-        for number in range(slots):  # nobody leaves before all that was copied has been read
-            plgpu.barrier_wait(done.at[number])
-        if config.splits == 1:
-            plgpu.barrier_wait(written)
-            plgpu.copy_smem_to_gmem(x.at[0], out_ref.at[rows, pl.ds(output_tile * OUTPUTS, OUTPUTS)])
-            plgpu.wait_smem_to_gmem(0)
+            if config.splits == 1:
+
+                @pl.when((before >= 0) & (jax.lax.rem(before + 1, visits) == 0))
+                def _result() -> None:
+                    row_tile, output_tile = tile_of(jax.lax.div(before, visits))
+                    rows = pl.ds(row_tile * config.rows, config.rows)
+                    plgpu.copy_smem_to_gmem(x.at[slot], out_ref.at[rows, pl.ds(output_tile * OUTPUTS, OUTPUTS)])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            @pl.when(turn < own_visits)
+            def _block() -> None:
+                row_tile, output_tile = tile_of(jax.lax.div(turn, visits))
+                block = first + jax.lax.rem(turn, visits)
+                first_row, first_output = row_tile * config.rows, output_tile * OUTPUTS
+                if grouped:
+                    first_row = pl.multiple_of(places[0][row_tile], 8)
+                    first_output = pl.multiple_of(places[1][row_tile] + first_output, OUTPUTS)
+                for source, target in (
+                    (x_ref.at[pl.ds(first_row, config.rows), pl.ds(block * BLOCK, BLOCK)], x),
+                    (words_ref.at[pl.ds(block * PLANE, PLANE), pl.ds(first_output, OUTPUTS)], words),
+                    (scales_ref.at[pl.ds(block * scale_rows, scale_rows), pl.ds(first_output, OUTPUTS)], scales),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], here.at[slot])
+
+        jax.lax.fori_loop(0, own_visits + slots, copy, None)
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _weights(words: Array, scales: Sequence[Array], planes: Sequence[int]) -> Array:
