@@ -4,13 +4,14 @@ A program makes a tile of outputs for a tile of rows. The matrix instruction tak
 weights go there from their words and exist as numbers of 16 bits nowhere else: what is summed up is the transposed
 product, `weight [outputs, inputs] @ x.T [inputs, rows]`.
 
-    grid (row tiles, output tiles, splits)
+    grid (programs, one for each multiprocessor), tile after tile
       warpgroup 0, 1   64 outputs each: for each block of 128 inputs words -> weights of two nibble planes -> product
-      warpgroup 2      copies: rows, words and scales of a block (some slots of memory ahead), and the result
+      warpgroup 2      copies: rows, words and scales of a block (some slots of memory ahead), and results
 
 Words are read transposed, so that a register has two of them, of inputs side by side, and a plane of these is two
 numbers of bf16 after a shift, an `and` and a multiply-add, as in triton.py. While two planes are multiplied the next
-two are made. With splits, sums of shares of the inputs lie in memory, transposed, and XLA adds them up.
+two are made. Tiles that are too few for all programs may be shared: each makes the sum of a share of the inputs, and
+XLA adds these up.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ OUTPUTS = 2 * LINES
 """Of a tile."""
 _ROWS = (256, 176, 128)
 """Of a tile; what is fastest follows from how many tiles there are."""
-_SPLITS = (1, 2, 3, 4)
+_SPLITS = (1, 2, 3, 4, 5, 6)
 _MEMORY = 227 * 1024 - 256
 """Bytes of shared memory that slots may take; the rest is for barriers."""
-_SPEED, _START, _SPLIT, _SPLIT_MEGABYTE = 5.0, 6.0, 15.0, 1.0
-"""Of a multiprocessor of an H100: TFLOP/s, and microseconds of what else a program and the sum of splits take."""
+_BLOCK, _ROW, _MEGABYTE_OF_SUMS, _MEGABYTE = 0.19, 0.00494, 1.0, 0.4
+"""Microseconds of an H100: a block of inputs takes the first and for each row the second, sums of shares are written
+and added up in the third, padded rows and their results are copied in the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +58,24 @@ class Config:
     """How a matmul is cut into programs.
 
     rows    of a tile
-    splits  shares of the inputs; the last one may be smaller than the others
+    splits  shares of the inputs, for the tiles behind the last that every program has; the last share may be smaller
     """
 
     rows: int
     splits: int = 1
 
-    def divides(self, blocks: int) -> bool:
-        """Whether every program has something to do."""
-        return (self.splits - 1) * -(-blocks // self.splits) < blocks
+    def shared(self, tiles: int) -> int:
+        """How many tiles are shared by several programs."""
+        return tiles % PROGRAMS if self.splits > 1 else 0
+
+    def why_not(self, row_tiles: int, output_tiles: int, blocks: int) -> str | None:
+        """Why it cannot be had, as the end of a sentence; None if it can."""
+        if (self.splits - 1) * -(-blocks // self.splits) >= blocks:
+            return f"does not divide {blocks} blocks of {BLOCK} inputs"
+        shared = self.shared(row_tiles * output_tiles)
+        if shared * self.splits > PROGRAMS or shared % row_tiles:
+            return f"does not deal {shared} of {row_tiles} x {output_tiles} tiles out to {PROGRAMS} programs"
+        return None
 
 
 def why_not(rows: int, dtype: Any, weight: Any) -> str | None:
@@ -82,19 +93,19 @@ def why_not(rows: int, dtype: Any, weight: Any) -> str | None:
 
 
 def config_for(rows: int, outputs: int, blocks: int) -> Config:
-    """What takes least: programs run in waves of one for each multiprocessor, and a half-empty wave takes as long.
-
-    For each of the 11 matmuls in bench/results/h100-chunk-matmul.json it is the fastest of three or four.
-    """
+    """What takes least: a round, in which some programs have a tile, takes as long as one in which all have one."""
 
     def microseconds(config: Config) -> float:
-        programs = -(-rows // config.rows) * (outputs // OUTPUTS) * config.splits
-        products = 2 * config.rows * OUTPUTS * BLOCK * -(-blocks // config.splits)
-        parts = _SPLIT + _SPLIT_MEGABYTE * config.splits * rows * outputs * 4e-6 if config.splits > 1 else 0.0
-        return -(-programs // PROGRAMS) * (products / _SPEED / 1e6 + _START) + parts
+        tiles = -(-rows // config.rows) * (outputs // OUTPUTS)
+        shared = config.shared(tiles)
+        visits = -(-(tiles - shared) // PROGRAMS) * blocks + (-(-blocks // config.splits) if shared else 0)
+        sums = shared * config.splits * config.rows * OUTPUTS * 4
+        padding = 4 * rows * (blocks * BLOCK + outputs) if rows % config.rows else 0
+        return visits * (_BLOCK + _ROW * config.rows) + _MEGABYTE_OF_SUMS * sums / 1e6 + _MEGABYTE * padding / 1e6
 
     options = (Config(*option) for option in itertools.product(_ROWS, _SPLITS))
-    return min((config for config in options if config.divides(blocks)), key=microseconds)
+    fitting = [each for each in options if each.why_not(-(-rows // each.rows), outputs // OUTPUTS, blocks) is None]
+    return min(fitting, key=microseconds)
 
 
 def matmul(
@@ -102,7 +113,7 @@ def matmul(
 ) -> Float[Array, "... N"]:
     """`x @ weight.T` in bf16. Raises NotImplementedError for what `why_not` names.
 
-    Without a config, that of `config_for`. Raises ValueError for one that leaves a share of the inputs empty.
+    Without a config, that of `config_for`. Raises ValueError for one that cannot be had.
     """
     rows = x.reshape(-1, x.shape[-1])
     reason = why_not(len(rows), x.dtype, weight)
@@ -110,8 +121,8 @@ def matmul(
         raise NotImplementedError(f"matmul on Mosaic {reason}")
     outputs, blocks = weight.packed.shape[1], padded_inputs(weight) // BLOCK
     config = config or config_for(len(rows), outputs, blocks)
-    if not config.divides(blocks):
-        raise ValueError(f"{config} does not divide {blocks} blocks of {BLOCK} inputs")
+    if reason := config.why_not(-(-len(rows) // config.rows), outputs // OUTPUTS, blocks):
+        raise ValueError(f"{config} {reason}")
     return _run(rows, weight, config, interpret).reshape(*x.shape[:-1], outputs)
 
 
@@ -119,10 +130,7 @@ def matmul(
 def _run(rows: Float[Array, "rows K"], weight: W4, config: Config, interpret: bool) -> Float[Array, "rows N"]:
     padding = -len(rows) % config.rows
     padded = jnp.pad(rows, ((0, padding), (0, padded_inputs(weight) - rows.shape[1])))
-    result = tile_products(padded, weight, config, interpret=interpret)
-    if config.splits > 1:
-        result = jnp.sum(result, axis=0).T.astype(jnp.bfloat16)
-    return result[: len(rows)]
+    return tile_products(padded, weight, config, interpret=interpret)[: len(rows)]
 
 
 class Groups(NamedTuple):
@@ -139,21 +147,22 @@ class Groups(NamedTuple):
 
 def tile_products(
     rows: Float[Array, "rows K"], weight: W4, config: Config, *, groups: Groups | None = None, interpret: bool
-) -> Array:
-    """Products bf16[tiles * config.rows, N], or with splits their f32 sums [splits, N, tiles * config.rows].
-
-    Tiles are whole: there are as many rows as all need, and as many columns as words stand for.
-    """
+) -> Float[Array, "tile_rows N"]:
+    """Products of whole tiles: there are as many rows as all need, and as many columns as words stand for."""
     row_tiles = len(rows) // config.rows if groups is None else len(groups.first_row)
     outputs = weight.packed.shape[1] if groups is None else groups.outputs
+    tiles = row_tiles * (outputs // OUTPUTS)
+    shared = config.shared(tiles)
     scale_rows = BLOCK // weight.group_size
     slots = _MEMORY // (2 * (config.rows * BLOCK + (PLANE + scale_rows) * OUTPUTS))
-    sums = jax.ShapeDtypeStruct((config.splits, outputs, row_tiles * config.rows), jnp.float32)
+    out_type = [jax.ShapeDtypeStruct((row_tiles * config.rows, outputs), jnp.bfloat16)]
+    if shared:
+        out_type.append(jax.ShapeDtypeStruct((shared * config.splits, OUTPUTS, config.rows), jnp.float32))
     run = plgpu.kernel(
-        functools.partial(_kernel, config=config, grouped=groups is not None, interpret=interpret),
-        out_type=sums if config.splits > 1 else jax.ShapeDtypeStruct((row_tiles * config.rows, outputs), jnp.bfloat16),
-        grid=(_programs(row_tiles * (outputs // OUTPUTS), config), config.splits),
-        grid_names=("program", "split"),
+        functools.partial(_kernel, config=config, shared=shared, grouped=groups is not None, interpret=interpret),
+        out_type=out_type,
+        grid=(max(min(PROGRAMS, tiles - shared), shared * config.splits),),
+        grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types=[
@@ -167,38 +176,38 @@ def tile_products(
         **hopper.how(interpret=interpret),
     )
     places = () if groups is None else (groups.first_row, groups.first_output, groups.tiles)
-    return run(rows, weight.packed, weight.scales, *places)
+    result, *sums = run(rows, weight.packed, weight.scales, *places)
+    for each in sums:
+        of_tiles = jnp.sum(each.reshape(-1, row_tiles, config.splits, OUTPUTS, config.rows), axis=2)
+        columns = of_tiles.transpose(1, 3, 0, 2).reshape(len(result), -1).astype(result.dtype)
+        result = columns if shared == tiles else result.at[:, outputs - columns.shape[1] :].set(columns)
+    return result
 
 
-def _programs(tiles: int, config: Config) -> int:
-    """For each share of the inputs. One for each multiprocessor makes tile after tile; of a share, a tile only."""
-    return min(PROGRAMS, tiles) if config.splits == 1 else tiles
-
-
-def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, interpret: bool) -> None:
+def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, shared: int, grouped: bool, interpret: bool) -> None:
     """A slot of memory is `here` when its block has been copied, and `done` when no product reads it any more.
 
     A tile's result stands in the slot of its last block, which is done when the result is there: before the slot is
     copied to again, the result is copied away.
     """
-    *places, out_ref, x, words, scales, here, done, multiplied = refs
-    program, split = jax.lax.axis_index("program"), jax.lax.axis_index("split")
-    warpgroup = jax.lax.axis_index("warpgroup")
+    *others, x, words, scales, here, done, multiplied = refs
+    places, (out_ref, *sums_refs) = (others[:3], others[3:]) if grouped else ([], others)
+    program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
     (slots, scale_rows), blocks = scales.shape[:2], words_ref.shape[0] // PLANE
-    most = -(-blocks // config.splits)
-    first, visits = split * most, jnp.minimum(most, blocks - split * most)
-    row_tiles, output_tiles = out_ref.shape[-1 if config.splits > 1 else 0] // config.rows, out_ref.shape[1] // OUTPUTS
-    programs, own_tiles = _programs(row_tiles * output_tiles, config), jnp.int32(1)
-    if config.splits == 1:
-        visits, tiles = jnp.int32(blocks), jnp.int32(row_tiles * output_tiles)
-        if grouped:
-            tiles = places[2][0] * output_tiles
-        own_tiles = jax.lax.div(tiles + (programs - 1) - program, jnp.int32(programs))
-    own_visits = own_tiles * visits
+    row_tiles, output_tiles = out_ref.shape[0] // config.rows, out_ref.shape[1] // OUTPUTS
+    whole = places[2][0] * output_tiles if grouped else jnp.int32(row_tiles * output_tiles - shared)
+    programs = max(min(PROGRAMS, row_tiles * output_tiles - shared), shared * config.splits)
+    own_tiles = jax.lax.div(whole + (programs - 1) - program, jnp.int32(programs))
+    share = -(-blocks // config.splits)
+    first = jax.lax.rem(program, jnp.int32(config.splits)) * share
+    sharing = program < shared * config.splits
+    visits = own_tiles * blocks + jnp.where(sharing, jnp.minimum(share, blocks - first), 0)
 
     def tile_of(number: Array) -> tuple[Array, Array]:
-        """Rows and outputs of a program's tile: neighbours share what there is more of to read."""
+        """Numbers of its rows and its outputs. Programs side by side share what there is more of to read."""
         tile = program + number * programs
+        if shared:
+            tile = jnp.where(number < own_tiles, tile, whole + jax.lax.div(program, jnp.int32(config.splits)))
         if grouped:
             return jax.lax.div(tile, output_tiles), jax.lax.rem(tile, output_tiles)
         return jax.lax.rem(tile, row_tiles), jax.lax.div(tile, row_tiles)
@@ -240,7 +249,7 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, 
                     return total
 
                 zeros = jnp.zeros((LINES, config.rows), jnp.float32)
-                turns = number * visits, (number + 1) * visits
+                turns = number * blocks, jnp.minimum((number + 1) * blocks, visits)
                 total = jax.lax.fori_loop(*turns, visit, zeros if interpret else None)
                 if total is None:
                     plgpu.wgmma_wait(0)
@@ -248,22 +257,25 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, 
                 return total
 
             total = pl.run_scoped(multiply, ACC((LINES, config.rows), jnp.float32)) * UNIT_W4
-            if config.splits > 1:
-                row_tile, output_tile = tile_of(number)
-                outputs = pl.ds(output_tile * OUTPUTS + warpgroup * LINES, LINES)
-                out_ref[split, outputs, pl.ds(row_tile * config.rows, config.rows)] = total
-                return
-            plgpu.barrier_arrive(multiplied)
-            plgpu.barrier_wait(multiplied)  # neither warpgroup reads the last block's rows any more
-            result = x.at[jax.lax.rem((number + 1) * visits - 1, slots), :, lines]
-            if interpret:
-                result[...] = total.T.astype(jnp.bfloat16)
-            else:
-                result.T[...] = total.astype(jnp.bfloat16)
-            plgpu.commit_smem()
+            if shared:
 
-        jax.lax.fori_loop(0, own_tiles, add_up, None)
-        plgpu.barrier_arrive(done.at[jax.lax.rem(own_visits + (slots - 1), slots)])
+                @pl.when(number == own_tiles)
+                def _sum() -> None:
+                    sums_refs[0][program, lines] = total
+
+            @pl.when(number < own_tiles)
+            def _result() -> None:
+                plgpu.barrier_arrive(multiplied)
+                plgpu.barrier_wait(multiplied)  # neither warpgroup reads the last block's rows any more
+                result = x.at[jax.lax.rem((number + 1) * blocks - 1, slots), :, lines]
+                if interpret:
+                    result[...] = total.T.astype(jnp.bfloat16)
+                else:
+                    result.T[...] = total.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+
+        jax.lax.fori_loop(0, own_tiles + sharing.astype(jnp.int32), add_up, None)
+        plgpu.barrier_arrive(done.at[jax.lax.rem(visits + (slots - 1), slots)])
 
     @pl.when(warpgroup == 2)
     def _copy() -> None:
@@ -273,20 +285,20 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, 
         def copy(turn: Array, _: None) -> None:
             slot, before = jax.lax.rem(turn, slots), turn - slots
             plgpu.barrier_wait(done.at[slot])  # after the last turns too: nobody leaves before all has been read
+            ended = jax.lax.div(before, blocks)
 
-            if config.splits == 1:
+            @pl.when((before >= 0) & (ended < own_tiles) & (jax.lax.rem(before + 1, blocks) == 0))
+            def _result() -> None:
+                row_tile, output_tile = tile_of(ended)
+                rows = pl.ds(row_tile * config.rows, config.rows)
+                plgpu.copy_smem_to_gmem(x.at[slot], out_ref.at[rows, pl.ds(output_tile * OUTPUTS, OUTPUTS)])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-                @pl.when((before >= 0) & (jax.lax.rem(before + 1, visits) == 0))
-                def _result() -> None:
-                    row_tile, output_tile = tile_of(jax.lax.div(before, visits))
-                    rows = pl.ds(row_tile * config.rows, config.rows)
-                    plgpu.copy_smem_to_gmem(x.at[slot], out_ref.at[rows, pl.ds(output_tile * OUTPUTS, OUTPUTS)])
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            @pl.when(turn < own_visits)
+            @pl.when(turn < visits)
             def _block() -> None:
-                row_tile, output_tile = tile_of(jax.lax.div(turn, visits))
-                block = first + jax.lax.rem(turn, visits)
+                number = jax.lax.div(turn, blocks)
+                row_tile, output_tile = tile_of(number)
+                block = jax.lax.rem(turn, blocks) + jnp.where(number < own_tiles, 0, first)
                 first_row, first_output = row_tile * config.rows, output_tile * OUTPUTS
                 if grouped:
                     first_row = pl.multiple_of(places[0][row_tile], 8)
@@ -298,7 +310,7 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, 
                 ):
                     plgpu.copy_gmem_to_smem(source, target.at[slot], here.at[slot])
 
-        jax.lax.fori_loop(0, own_visits + slots, copy, None)
+        jax.lax.fori_loop(0, visits + slots, copy, None)
         plgpu.wait_smem_to_gmem(0)
 
 

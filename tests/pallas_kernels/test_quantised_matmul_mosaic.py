@@ -40,6 +40,19 @@ def test_product_is_that_of_the_dense_matrix(case: MatmulCase, config: mosaic.Co
 
 
 @NEEDS_TRANSPOSED_LOADS
+@pytest.mark.parametrize(("inputs", "splits"), [(128, 1), (384, 1), (384, 2)])
+def test_programs_make_tile_after_tile_and_share_the_last(
+    inputs: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (x, weight), _ = MatmulCase("", 256, inputs, 5 * 128).arguments()
+    monkeypatch.setattr(mosaic, "PROGRAMS", 4)
+    jax.clear_caches()
+    found = np.asarray(mosaic.matmul(x, weight, config=mosaic.Config(128, splits), interpret=True), np.float64)
+    expected = np.asarray(x, np.float64) @ np.asarray(api.dequantise(weight, inputs), np.float64).T
+    assert np.linalg.norm(found - expected) < 4e-3 * np.linalg.norm(expected)
+
+
+@NEEDS_TRANSPOSED_LOADS
 def test_a_row_does_not_depend_on_its_neighbours_and_slots_stay_apart() -> None:
     x, weight = MatmulCase("", 130, 256, 128).arguments()[0]
     # Numbers whose products sum exactly: the interpreter multiplies with numpy, which rounds by a row's place.
@@ -57,14 +70,26 @@ def test_lowers_for_cuda(case: MatmulCase) -> None:
     assert "mosaic_gpu" in lower(lambda x, weight: mosaic.matmul(x, weight), shapes(case)[0])
 
 
-@pytest.mark.parametrize("splits", range(1, 9))
-def test_configs_leave_no_share_empty(splits: int) -> None:
-    for rows, outputs, blocks in ((65, 128, splits), (128, 5376, splits), (1024, 43_008, splits), (128, 128, 42)):
-        assert mosaic.config_for(rows, outputs, blocks).divides(blocks)
-    given, of_four = mosaic.Config(128, splits=splits), MatmulCase("", 128, 512, 128)
-    if jax.__version_info__ >= (0, 11) and splits in (3, 5):
-        with pytest.raises(ValueError, match=f"splits={splits}.* does not divide 4 blocks of 128 inputs"):
-            jax.eval_shape(functools.partial(mosaic.matmul, config=given), *shapes(of_four)[0])
+@pytest.mark.parametrize("blocks", range(1, 9))
+def test_the_rule_takes_configs_that_can_be_had(blocks: int) -> None:
+    for rows, outputs in ((65, 128), (128, 5376), (200, 43_008), (1024, 43_008), (1000, 5376), (1024, 128)):
+        config = mosaic.config_for(rows, outputs, blocks)
+        assert config.why_not(-(-rows // config.rows), outputs // mosaic.OUTPUTS, blocks) is None
+
+
+@NEEDS_TRANSPOSED_LOADS
+@pytest.mark.parametrize(
+    ("rows", "outputs", "config", "message"),
+    [
+        (128, 128, mosaic.Config(128, 3), "splits=3.* does not divide 4 blocks of 128 inputs"),
+        (128, 128, mosaic.Config(128, 5), "splits=5.* does not divide 4 blocks of 128 inputs"),
+        (128, 100 * 128, mosaic.Config(128, 2), "does not deal 100 of 1 x 100 tiles out to 132 programs"),
+        (640, 27 * 128, mosaic.Config(128, 2), "does not deal 3 of 5 x 27 tiles out to 132 programs"),
+    ],
+)
+def test_configs_that_cannot_be_had_are_refused(rows: int, outputs: int, config: mosaic.Config, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(functools.partial(mosaic.matmul, config=config), *shapes(MatmulCase("", rows, 512, outputs))[0])
 
 
 @pytest.mark.parametrize(
