@@ -24,7 +24,8 @@ def main() -> None:
     fill(ROOT / "docs" / "training.md", drafting(), by_context(), recipes())
     fill(
         ROOT / "docs" / "kernels.md",
-        checks(),
+        checks("H100"),
+        checks("H200"),
         wide_heads(),
         chunks(),
         chunk_matmuls(),
@@ -154,10 +155,13 @@ def chunk_matmuls() -> list[str]:
     return lines
 
 
-def checks() -> list[str]:
+def checks(device: str) -> list[str]:
     """What gpu_check measured."""
-    lines = ["| operation | case | kernel | error | time | XLA reference | floor |", "|---|---|---|---|---|---|---|"]
-    for row in read("h100-gpu-check.json")["rows"]:
+    lines = [
+        f"| operation ({device}) | case | kernel | error | time | XLA reference | floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in read(f"{device.lower()}-gpu-check.json")["rows"]:
         if row["floor_us"] and row["floor_us"] > 1:
             lines.append(
                 f"| `{row['operation']}` | {row['case']} | {row.get('kernel', 'triton')} | {row['relative_error']:.1e} "
