@@ -12,13 +12,20 @@ from jaxtyping import Array
 
 LINES = 64
 """Lines of a warpgroup: what its matrix instruction takes."""
-PROGRAMS = 132
-"""One for each multiprocessor of an H100: its registers or its shared memory hold no second one."""
+_OF_AN_H100 = 132
 
 
 def on_hopper() -> bool:
     """Whether the device has the large matrix instruction of Mosaic GPU's kernels."""
     return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
+def most_programs() -> int:
+    """What runs at once: one for each multiprocessor, whose registers or shared memory hold no second one.
+
+    As many as on an H100 where there is no card.
+    """
+    return getattr(jax.devices()[0], "core_count", None) or _OF_AN_H100
 
 
 def why_not_pools(*pools: Any) -> str | None:

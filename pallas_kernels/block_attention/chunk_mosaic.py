@@ -27,7 +27,7 @@ from pallas_kernels.block_attention.ancestry import Ancestry
 from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Work
 from pallas_kernels.block_attention.combine import combine, splits_for
 from pallas_kernels.block_attention.dealing import first_from, visits_before
-from pallas_kernels.hopper import PROGRAMS
+from pallas_kernels.hopper import most_programs
 
 LEAST_ROWS = 128
 """Of a chunk; steps and trees have fewer rows and other kernels, so that plain steps and blocks have the same bits.
@@ -84,9 +84,10 @@ def splits_of(programs: int, blocks: int, *, causal: bool = True) -> int:
     follows from shapes alone, so that equal chunks are split alike.
     """
     if not causal:
-        return splits_for(PROGRAMS // programs, blocks)
+        return splits_for(most_programs() // programs, blocks)
+    at_once = most_programs()
     options = [splits for splits in (1, 2, 4) if splits <= max(1, blocks // 2)]
-    return min(options, key=lambda splits: -(-programs * splits // PROGRAMS) / splits + _COST_OF_SPLIT * splits)
+    return min(options, key=lambda splits: -(-programs * splits // at_once) / splits + _COST_OF_SPLIT * splits)
 
 
 @functools.partial(

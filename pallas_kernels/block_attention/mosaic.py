@@ -35,7 +35,7 @@ from pallas_kernels.block_attention.ancestry import STEP_ROWS, Ancestry
 from pallas_kernels.block_attention.combine import combine, splits_for
 from pallas_kernels.block_attention.dealing import visits_before
 from pallas_kernels.block_attention.paths import Paths, keys_of_paths, paths_of
-from pallas_kernels.hopper import LINES, PROGRAMS
+from pallas_kernels.hopper import LINES, most_programs
 from pallas_kernels.online_softmax import LOWEST
 
 KEY_BLOCK = 64
@@ -101,7 +101,7 @@ def block_attention(
     tiles = -(-rows * group // LINES)
     tiles_alike = tiles if tree is None else -(-STEP_ROWS * group // LINES)
     blocks = page_table.shape[1] * page_size // KEY_BLOCK
-    splits = splits_for(PROGRAMS // (batch * kv_heads * tiles_alike), blocks)
+    splits = splits_for(most_programs() // (batch * kv_heads * tiles_alike), blocks)
     shape = (splits, batch, kv_heads, tiles * LINES)
     kernel = functools.partial(
         _kernel,

@@ -149,8 +149,8 @@ SMALL_GROUPED = (
     GroupedCase("alike", 40, 3, 8, 128, 64, gated=True, deciding=1),
     GroupedCase("sorted", 130, 4, 64, 128, 32, gated=True),
     GroupedCase("sorted, many of a group", 300, 2, 4, 200, 64),
-    GroupedCase("sorted, whole tiles", 280, 2, 4, 200, 128, group_size=128),
-    GroupedCase("sorted, gated, whole tiles", 300, 2, 5, 256, 64, gated=True),
+    GroupedCase("sorted, whole tiles", 520, 2, 4, 200, 128, group_size=128),
+    GroupedCase("sorted, gated, whole tiles", 520, 2, 5, 256, 64, gated=True),
     GroupedCase("w8", 16, 4, 8, 192, 64, gated=True, weights="w8"),
     GroupedCase("dense", 16, 4, 8, 192, 64, gated=True, weights="dense"),
 )

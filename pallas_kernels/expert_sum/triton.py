@@ -47,8 +47,8 @@ def _kernel(back_ref, *refs, width: int, eps: float) -> None:
     row, (active, dim) = pl.program_id(0), (weights_ref.shape[1], back_ref.shape[1])
     numbers, inside = pl.ds(0, width), jnp.arange(width, dtype=jnp.int32) < dim
 
-    def load(ref, *place):
-        return plt.load(ref.at[(*map(jnp.int32, place), numbers)], mask=inside, other=0.0).astype(jnp.float32)
+    def load(ref, *index):
+        return plt.load(ref.at[(*map(jnp.int32, index), numbers)], mask=inside, other=0.0).astype(jnp.float32)
 
     def rounded(x):
         return x.astype(back_ref.dtype).astype(jnp.float32)

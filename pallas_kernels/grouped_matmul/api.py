@@ -33,7 +33,7 @@ def grouped_matmul(
     cards) and triton for what it takes, and reference otherwise.
     Raises NotImplementedError when the named one cannot take this weight, ValueError when shapes do not fit.
     """
-    name = _chosen(x, weight, chosen, groups, activation is not None, implementation)
+    name = _implementation_for(x, weight, chosen, groups, activation is not None, implementation)
     run = _IMPLEMENTATIONS[name].grouped_matmul
     return run(x, weight, chosen, groups=groups, activation=activation)
 
@@ -46,19 +46,19 @@ def grouped_products(
     groups: int,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "places N"], Int[Array, " choices"] | None]:
-    """The same without an activation, left where a kernel puts it: for who looks rows up anyway.
+    """`grouped_matmul` without an activation, its results left where a kernel puts them: for who looks rows up anyway.
 
     The result of choice `r * A + a` stands at its place in the list that comes second; without a list, where its number
-    says.
+    says. Raises what `grouped_matmul` raises.
     """
-    name = _chosen(x, weight, chosen, groups, False, implementation)
+    name = _implementation_for(x, weight, chosen, groups, False, implementation)
     if name == "mosaic":
         return mosaic.products(x, weight, chosen, groups=groups)
     result = _IMPLEMENTATIONS[name].grouped_matmul(x, weight, chosen, groups=groups)
     return result.reshape(chosen.size, -1), None
 
 
-def _chosen(x: Array, weight: Weight, chosen: Array, groups: int, gated: bool, asked: str | None) -> str:
+def _implementation_for(x: Array, weight: Weight, chosen: Array, groups: int, gated: bool, asked: str | None) -> str:
     outputs = outputs_of(weight)
     if outputs % (2 * groups if gated else groups):
         raise ValueError(f"a weight of {outputs} rows does not hold {groups} matrices of one shape")

@@ -1,4 +1,4 @@
-"""The same for the rows of a chunk with 4-bit weights, on Hopper cards: rows in the order of groups, tile by tile.
+"""Rows of a chunk times the 4-bit matrices of the groups that they chose, on Hopper cards: tile by tile of a group.
 
 XLA counts the choices and copies the rows that they stand for side by side, each group's from a multiple of 8 on. What
 multiplies is the Mosaic kernel of quantised_matmul: every tile of rows has one group, whose outputs it is told. The
@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul.triton import MOST_LISTED
 from pallas_kernels.quantised_matmul import mosaic
 from pallas_kernels.quantised_matmul.mosaic import OUTPUTS, Config, Groups, tile_products
 from pallas_kernels.quantised_matmul.weights import W4, Weight, outputs_of, padded_inputs
@@ -26,6 +25,8 @@ _PART = 128
 """Choices that are compared with each other."""
 _ROWS = (64, 96, 128, 176, 256)
 """Of a tile."""
+_OF_STEPS = 1024
+"""Choices of 64 rows of 16 each: steps and blocks keep one kernel, and with it a row's bits."""
 _FEWEST = 32
 """Rows of a group, in the mean. With 64 it takes 0.5 of Triton's time, with 8 1.1 to 1.2 (H100)."""
 _SLACK = 1.25
@@ -34,8 +35,8 @@ _SLACK = 1.25
 
 def why_not(choices: int, dtype: Any, weight: Weight, *, groups: int) -> str | None:
     """What the kernel cannot take about these arguments, as the end of a sentence; None when it can."""
-    if choices <= MOST_LISTED or choices < _FEWEST * groups:
-        return f"takes more than {MOST_LISTED} choices and {_FEWEST} for each group, got {choices}"
+    if choices <= _OF_STEPS or choices < _FEWEST * groups:
+        return f"takes more than {_OF_STEPS} choices and {_FEWEST} for each group, got {choices}"
     if reason := mosaic.why_not(choices, dtype, weight):
         return reason
     outputs = outputs_of(weight) // groups
@@ -76,11 +77,14 @@ def products(
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "places N"], Int[Array, " choices"]]:
-    """See `api.grouped_products`. Raises NotImplementedError for what `why_not` names."""
+    """See `api.grouped_products`. Raises NotImplementedError for what `why_not` names, ValueError for splits."""
     reason = why_not(chosen.size, x.dtype, weight, groups=groups)
     if not isinstance(weight, W4) or reason:
         raise NotImplementedError(f"grouped_matmul on Mosaic {reason}")
-    return _products(x, weight, chosen, groups, config or config_for(chosen.size, groups), interpret)
+    config = config or config_for(chosen.size, groups)
+    if config.splits > 1:
+        raise ValueError(f"tiles of groups are made whole, got {config}")
+    return _products(x, weight, chosen, groups, config, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "config", "interpret"))

@@ -10,8 +10,8 @@ product, `weight [outputs, inputs] @ x.T [inputs, rows]`.
 
 Words are read transposed, so that a register has two of them, of inputs side by side, and a plane of these is two
 numbers of bf16 after a shift, an `and` and a multiply-add, as in triton.py. While two planes are multiplied the next
-two are made. Tiles that are too few for all programs may be shared: each makes the sum of a share of the inputs, and
-XLA adds these up.
+two are made. Tiles that are left when all programs have had the same number may be split: several programs each make
+the sum of a share of the inputs, and XLA adds these up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper
-from pallas_kernels.hopper import LINES, PROGRAMS
+from pallas_kernels.hopper import LINES, most_programs
 from pallas_kernels.quantised_matmul.triton import PLANE, UNIT_W4, assembly_of_plane, factors_of_plane, few_rows
 from pallas_kernels.quantised_matmul.weights import BLOCK, W4, Weight, padded_inputs
 
@@ -58,23 +58,29 @@ class Config:
     """How a matmul is cut into programs.
 
     rows    of a tile
-    splits  shares of the inputs, for the tiles behind the last that every program has; the last share may be smaller
+    splits  shares of the inputs, for tiles that are too few for all programs; the last share may be smaller
     """
 
     rows: int
     splits: int = 1
 
-    def shared(self, tiles: int) -> int:
-        """How many tiles are shared by several programs."""
-        return tiles % PROGRAMS if self.splits > 1 else 0
+    def split_tiles(self, tiles: int) -> int:
+        """How many of so many tiles are made in shares."""
+        return tiles % most_programs() if self.splits > 1 else 0
 
-    def why_not(self, row_tiles: int, output_tiles: int, blocks: int) -> str | None:
+    def programs(self, tiles: int) -> int:
+        """How many there are for so many tiles: all have whole ones, or each has a share at most."""
+        split_tiles = self.split_tiles(tiles)
+        return max(min(most_programs(), tiles - split_tiles), split_tiles * self.splits)
+
+    def refusal(self, row_tiles: int, output_tiles: int, blocks: int) -> str | None:
         """Why it cannot be had, as the end of a sentence; None if it can."""
         if (self.splits - 1) * -(-blocks // self.splits) >= blocks:
             return f"does not divide {blocks} blocks of {BLOCK} inputs"
-        shared = self.shared(row_tiles * output_tiles)
-        if shared * self.splits > PROGRAMS or shared % row_tiles:
-            return f"does not deal {shared} of {row_tiles} x {output_tiles} tiles out to {PROGRAMS} programs"
+        split_tiles = self.split_tiles(row_tiles * output_tiles)
+        if split_tiles * self.splits > most_programs() or split_tiles % row_tiles:
+            tiles = f"{split_tiles} of {row_tiles} x {output_tiles} tiles"
+            return f"does not deal shares of {tiles} out to {most_programs()} programs"
         return None
 
 
@@ -93,18 +99,22 @@ def why_not(rows: int, dtype: Any, weight: Any) -> str | None:
 
 
 def config_for(rows: int, outputs: int, blocks: int) -> Config:
-    """What takes least: a round, in which some programs have a tile, takes as long as one in which all have one."""
+    """What takes least: a round in which some programs have a tile takes as long as one in which all have one.
+
+    Of those in bench/results/h100-chunk-matmul.json it takes the fastest, or one that needs 7 % more at most.
+    """
 
     def microseconds(config: Config) -> float:
         tiles = -(-rows // config.rows) * (outputs // OUTPUTS)
-        shared = config.shared(tiles)
-        visits = -(-(tiles - shared) // PROGRAMS) * blocks + (-(-blocks // config.splits) if shared else 0)
-        sums = shared * config.splits * config.rows * OUTPUTS * 4
+        split_tiles = config.split_tiles(tiles)
+        visits = -(-(tiles - split_tiles) // most_programs()) * blocks
+        visits += -(-blocks // config.splits) if split_tiles else 0
+        sums = split_tiles * config.splits * config.rows * OUTPUTS * 4
         padding = 4 * rows * (blocks * BLOCK + outputs) if rows % config.rows else 0
         return visits * (_BLOCK + _ROW * config.rows) + _MEGABYTE_OF_SUMS * sums / 1e6 + _MEGABYTE * padding / 1e6
 
     options = (Config(*option) for option in itertools.product(_ROWS, _SPLITS))
-    fitting = [each for each in options if each.why_not(-(-rows // each.rows), outputs // OUTPUTS, blocks) is None]
+    fitting = [each for each in options if each.refusal(-(-rows // each.rows), outputs // OUTPUTS, blocks) is None]
     return min(fitting, key=microseconds)
 
 
@@ -121,7 +131,7 @@ def matmul(
         raise NotImplementedError(f"matmul on Mosaic {reason}")
     outputs, blocks = weight.packed.shape[1], padded_inputs(weight) // BLOCK
     config = config or config_for(len(rows), outputs, blocks)
-    if reason := config.why_not(-(-len(rows) // config.rows), outputs // OUTPUTS, blocks):
+    if reason := config.refusal(-(-len(rows) // config.rows), outputs // OUTPUTS, blocks):
         raise ValueError(f"{config} {reason}")
     return _run(rows, weight, config, interpret).reshape(*x.shape[:-1], outputs)
 
@@ -152,16 +162,23 @@ def tile_products(
     row_tiles = len(rows) // config.rows if groups is None else len(groups.first_row)
     outputs = weight.packed.shape[1] if groups is None else groups.outputs
     tiles = row_tiles * (outputs // OUTPUTS)
-    shared = config.shared(tiles)
+    split_tiles, programs = config.split_tiles(tiles), config.programs(tiles)
     scale_rows = BLOCK // weight.group_size
     slots = _MEMORY // (2 * (config.rows * BLOCK + (PLANE + scale_rows) * OUTPUTS))
     out_type = [jax.ShapeDtypeStruct((row_tiles * config.rows, outputs), jnp.bfloat16)]
-    if shared:
-        out_type.append(jax.ShapeDtypeStruct((shared * config.splits, OUTPUTS, config.rows), jnp.float32))
+    if split_tiles:
+        out_type.append(jax.ShapeDtypeStruct((split_tiles * config.splits, OUTPUTS, config.rows), jnp.float32))
     run = plgpu.kernel(
-        functools.partial(_kernel, config=config, shared=shared, grouped=groups is not None, interpret=interpret),
+        functools.partial(
+            _kernel,
+            config=config,
+            programs=programs,
+            split_tiles=split_tiles,
+            grouped=groups is not None,
+            interpret=interpret,
+        ),
         out_type=out_type,
-        grid=(max(min(PROGRAMS, tiles - shared), shared * config.splits),),
+        grid=(programs,),
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
@@ -177,14 +194,26 @@ def tile_products(
     )
     places = () if groups is None else (groups.first_row, groups.first_output, groups.tiles)
     result, *sums = run(rows, weight.packed, weight.scales, *places)
-    for each in sums:
-        of_tiles = jnp.sum(each.reshape(-1, row_tiles, config.splits, OUTPUTS, config.rows), axis=2)
-        columns = of_tiles.transpose(1, 3, 0, 2).reshape(len(result), -1).astype(result.dtype)
-        result = columns if shared == tiles else result.at[:, outputs - columns.shape[1] :].set(columns)
-    return result
+    if not split_tiles:
+        return result
+    of_tiles = jnp.sum(sums[0].reshape(-1, row_tiles, config.splits, OUTPUTS, config.rows), axis=2)
+    last_columns = of_tiles.transpose(1, 3, 0, 2).reshape(len(result), -1).astype(result.dtype)
+    if split_tiles == tiles:
+        return last_columns
+    return result.at[:, outputs - last_columns.shape[1] :].set(last_columns)
 
 
-def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, shared: int, grouped: bool, interpret: bool) -> None:
+def _kernel(
+    x_ref,
+    words_ref,
+    scales_ref,
+    *refs,
+    config: Config,
+    programs: int,
+    split_tiles: int,
+    grouped: bool,
+    interpret: bool,
+) -> None:
     """A slot of memory is `here` when its block has been copied, and `done` when no product reads it any more.
 
     A tile's result stands in the slot of its last block, which is done when the result is there: before the slot is
@@ -195,19 +224,19 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, shared: int, gr
     program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
     (slots, scale_rows), blocks = scales.shape[:2], words_ref.shape[0] // PLANE
     row_tiles, output_tiles = out_ref.shape[0] // config.rows, out_ref.shape[1] // OUTPUTS
-    whole = places[2][0] * output_tiles if grouped else jnp.int32(row_tiles * output_tiles - shared)
-    programs = max(min(PROGRAMS, row_tiles * output_tiles - shared), shared * config.splits)
-    own_tiles = jax.lax.div(whole + (programs - 1) - program, jnp.int32(programs))
+    whole_tiles = places[2][0] * output_tiles if grouped else jnp.int32(row_tiles * output_tiles - split_tiles)
+    own_tiles = jax.lax.div(whole_tiles + (programs - 1) - program, jnp.int32(programs))
     share = -(-blocks // config.splits)
     first = jax.lax.rem(program, jnp.int32(config.splits)) * share
-    sharing = program < shared * config.splits
-    visits = own_tiles * blocks + jnp.where(sharing, jnp.minimum(share, blocks - first), 0)
+    has_share = program < split_tiles * config.splits
+    visits = own_tiles * blocks + jnp.where(has_share, jnp.minimum(share, blocks - first), 0)
 
     def tile_of(number: Array) -> tuple[Array, Array]:
-        """Numbers of its rows and its outputs. Programs side by side share what there is more of to read."""
+        """Numbers of its rows and its outputs. Programs side by side read the same of what there is more of."""
         tile = program + number * programs
-        if shared:
-            tile = jnp.where(number < own_tiles, tile, whole + jax.lax.div(program, jnp.int32(config.splits)))
+        if split_tiles:
+            of_share = whole_tiles + jax.lax.div(program, jnp.int32(config.splits))
+            tile = jnp.where(number < own_tiles, tile, of_share)
         if grouped:
             return jax.lax.div(tile, output_tiles), jax.lax.rem(tile, output_tiles)
         return jax.lax.rem(tile, row_tiles), jax.lax.div(tile, row_tiles)
@@ -257,7 +286,7 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, shared: int, gr
                 return total
 
             total = pl.run_scoped(multiply, ACC((LINES, config.rows), jnp.float32)) * UNIT_W4
-            if shared:
+            if split_tiles:
 
                 @pl.when(number == own_tiles)
                 def _sum() -> None:
@@ -274,7 +303,7 @@ def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, shared: int, gr
                     result.T[...] = total.astype(jnp.bfloat16)
                 plgpu.commit_smem()
 
-        jax.lax.fori_loop(0, own_tiles + sharing.astype(jnp.int32), add_up, None)
+        jax.lax.fori_loop(0, own_tiles + has_share.astype(jnp.int32), add_up, None)
         plgpu.barrier_arrive(done.at[jax.lax.rem(visits + (slots - 1), slots)])
 
     @pl.when(warpgroup == 2)

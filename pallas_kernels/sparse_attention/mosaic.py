@@ -24,7 +24,7 @@ from pallas_kernels.block_attention import chunk_tile
 from pallas_kernels.block_attention.chunk_tile import HEAD_DIMS, TILE, Config, Work
 from pallas_kernels.block_attention.combine import combine
 from pallas_kernels.block_attention.dealing import visits_before
-from pallas_kernels.hopper import PROGRAMS
+from pallas_kernels.hopper import most_programs
 from pallas_kernels.sparse_attention.selection import Selection, query_block_rows
 
 _AT_EDGE = 2
@@ -56,7 +56,7 @@ def splits_of(programs: int, blocks: int) -> int:
     It follows from shapes alone, so that equal chunks are split alike.
     """
     options = [splits for splits in (1, 2, 4) if splits <= max(1, blocks // 2)]
-    return max(splits for splits in options if splits == 1 or splits * programs <= PROGRAMS)
+    return max(splits for splits in options if splits == 1 or splits * programs <= most_programs())
 
 
 @functools.partial(jax.jit, static_argnames=("page_size", "scale", "block_size", "compact", "config", "interpret"))

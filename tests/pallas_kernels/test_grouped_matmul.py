@@ -49,12 +49,23 @@ def test_every_row_meets_the_matrices_that_it_chose(case: GroupedCase, implement
     "case",
     [
         *TILES,
-        GroupedCase("nobody chose most", 600, 1, 8, 128, 128, deciding=2),
-        GroupedCase("several tiles of a group", 520, 1, 2, 128, 128),
+        GroupedCase("nobody chose most", 1040, 1, 8, 128, 128, deciding=2),
+        GroupedCase("several tiles of a group", 1040, 1, 2, 128, 128),
     ],
     ids=lambda case: case.name,
 )
 def test_on_mosaic_every_row_meets_the_matrices_that_it_chose(case: GroupedCase) -> None:
+    check_on_mosaic(case)
+
+
+@NEEDS_TRANSPOSED_LOADS
+@pytest.mark.usefixtures("four_multiprocessors")
+def test_on_mosaic_programs_make_tile_after_tile_of_several_outputs() -> None:
+    check_on_mosaic(GroupedCase("", 520, 2, 3, 200, 384))
+
+
+def check_on_mosaic(case: GroupedCase) -> None:
+    """Against a loop over rows; a choice outside of the groups is that of the last one."""
     (x, weight, chosen), keywords = case.arguments()
     outside = jnp.where(chosen == case.groups - 1, 1 << 20, chosen)
     found = np.asarray(mosaic.grouped_matmul(x, weight, outside, **keywords, interpret=True), np.float64)
@@ -74,8 +85,8 @@ def test_on_mosaic_lowers_for_cuda(case: GroupedCase) -> None:
     ("change", "expected"),
     [
         ({}, "mosaic"),
-        ({"rows": 32, "groups": 4}, "triton"),  # a step, whose kernel is that of plain steps and blocks
-        ({"rows": 140, "active": 4}, "triton"),
+        ({"rows": 64, "active": 16}, "triton"),  # a step, whose kernel is that of plain steps and blocks
+        ({"rows": 128, "active": 16, "groups": 128}, "triton"),
         ({"outputs": 96}, "triton"),
         ({"weights": "w8"}, "triton"),
         ({"dtype": "float32"}, "reference"),
@@ -101,7 +112,7 @@ def test_chunks_run_on_it_on_hopper_cards(
 
 @NEEDS_TRANSPOSED_LOADS
 def test_products_stand_where_their_places_say() -> None:
-    (x, weight, chosen), _ = GroupedCase("", 260, 2, 4, 128, 128).arguments()
+    (x, weight, chosen), _ = GroupedCase("", 520, 2, 4, 128, 128).arguments()
     values, place = mosaic.products(x, weight, chosen, groups=4, interpret=True)
     assert len(np.unique(place)) == chosen.size
     whole, none = api.grouped_products(x, weight, chosen, groups=4, implementation="reference")
@@ -165,9 +176,16 @@ def test_what_does_not_fit_is_named() -> None:
         api.grouped_matmul(x.astype(jnp.float32), weight, chosen, **keywords, implementation="triton")
     with pytest.raises(NotImplementedError, match="multiple of 32 outputs of a group, got 16"):
         api.grouped_matmul(x, weight, chosen, groups=64, activation=jax.nn.silu, implementation="triton")
-    with pytest.raises(NotImplementedError, match="more than 512 choices and 32 for each group, got 64"):
+    with pytest.raises(NotImplementedError, match="more than 1024 choices and 32 for each group, got 64"):
         api.grouped_matmul(x, weight, chosen, **keywords, implementation="mosaic")
     with pytest.raises(NotImplementedError, match="'sort'"):
         api.grouped_matmul(x, weight, chosen, **keywords, implementation="sort")
     with pytest.raises(ValueError, match="does not divide 64 outputs"):
         triton.grouped_matmul(x, weight, chosen, **keywords, config=triton.Config(128, 4))
+
+
+@NEEDS_TRANSPOSED_LOADS
+def test_tiles_of_groups_are_made_whole() -> None:
+    positional, keywords = shapes(TILES[0])
+    with pytest.raises(ValueError, match="made whole, got Config"):
+        jax.eval_shape(functools.partial(mosaic.products, **keywords, config=mosaic.Config(128, 2)), *positional)
