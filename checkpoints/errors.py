@@ -2,4 +2,11 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message is one line that says what to do."""
+    """A checkpoint that cannot be read or written; the message is one line that says what to do.
+
+    Names in damaged files stand in messages: lines are joined, other characters that cannot be printed are escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(part.strip() for part in message.splitlines())
+        super().__init__("".join(each if each.isprintable() else repr(each)[1:-1] for each in line))

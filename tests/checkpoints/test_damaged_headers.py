@@ -95,6 +95,17 @@ def test_gguf(gguf_files: list[bytes], tmp_path: Path, which: int, edits: list[t
     survives(read_gguf, file)
 
 
+@pytest.mark.parametrize(("character", "shown"), [(b"\n", ""), (b"\x07", r"\x07")])
+def test_names_that_cannot_be_printed_stand_in_one_line(
+    gguf_files: list[bytes], tmp_path: Path, character: bytes, shown: str
+) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(gguf_files[0].replace(b"blk.2.ffn_gate", character + b"lk.2.ffn_gate"))
+    with pytest.raises(checkpoints.CheckpointError) as caught:
+        read_gguf(file)
+    assert f"tensor {shown}lk.2.ffn_gate.weight is unknown" in str(caught.value)
+
+
 @MANY
 @given(edits=st.lists(changes, min_size=1, max_size=4), name=st.sampled_from(["qwen3_tied", "gemma3_multimodal"]))
 def test_safetensors(goldens: Path, tmp_path: Path, edits: list[tuple[str, int, int]], name: str) -> None:
