@@ -10,3 +10,8 @@ class CheckpointError(ValueError):
     def __init__(self, message: str) -> None:
         line = " ".join(part.strip() for part in message.splitlines())
         super().__init__("".join(each if each.isprintable() else repr(each)[1:-1] for each in line))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import CheckpointError, first_line
 from checkpoints.gguf_config import read_config
 from checkpoints.gguf_file import GgufTensor, read_header
 from checkpoints.gguf_names import ARCHITECTURES, INTERLEAVED, canonical_name
@@ -43,7 +43,7 @@ def read_gguf(path: Path) -> Source:
     except CheckpointError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: metadata is damaged or unusual: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: metadata is damaged or unusual: {first_line(error)}") from error
     found: dict[str, GgufTensor] = {}
     skipped = []
     for own, tensor in file.tensors.items():
@@ -130,7 +130,3 @@ def _join_experts(shapes: dict[str, tuple[int, ...]], reads: dict[str, Rows], fo
 
 def _join(gate: GgufTensor, up: GgufTensor) -> Rows:
     return lambda start, stop: np.concatenate([gate.rows(start, stop), up.rows(start, stop)], axis=1)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

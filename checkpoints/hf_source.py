@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import CheckpointError, first_line
 from checkpoints.expert_stacks import stack_experts
 from checkpoints.hf_names import canonical_name, is_other_modality, is_selector, is_skipped, variant_of
 from checkpoints.packed_weights import Tensor, unpack
@@ -169,8 +169,3 @@ def read_text(file: Path) -> str | None:
         return file.read_text(encoding="utf-8") if file.exists() else None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

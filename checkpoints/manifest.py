@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import CheckpointError, first_line
 from checkpoints.groups import Group
 from dflash_jax.console import Bytes
 
@@ -52,7 +52,7 @@ def read_manifest(store: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}; convert the model again") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged: {_first_line(error)}; convert the model again") from error
+        raise CheckpointError(f"{file} is damaged: {first_line(error)}; convert the model again") from error
 
 
 def write_manifest(store: Path, manifest: Manifest) -> None:
@@ -120,7 +120,3 @@ def _checksum(folder: Path) -> tuple[int, str]:
             while block := content.read(_BUFFER):
                 digest.update(block)
     return total, digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -83,9 +83,9 @@ def splits_of(programs: int, blocks: int, *, causal: bool = True) -> int:
     Rows that are not causal are few and wait for their keys: they have as many splits as one wave has room for. It
     follows from shapes alone, so that equal chunks are split alike.
     """
-    if not causal:
-        return splits_for(most_programs() // programs, blocks)
     at_once = most_programs()
+    if not causal:
+        return splits_for(at_once // programs, blocks)
     options = [splits for splits in (1, 2, 4) if splits <= max(1, blocks // 2)]
     return min(options, key=lambda splits: -(-programs * splits // at_once) / splits + _COST_OF_SPLIT * splits)
 

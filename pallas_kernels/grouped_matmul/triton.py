@@ -120,7 +120,7 @@ def _run(
     pairs = chosen.size
     listed = (chosen.reshape(-1),)
     if pairs > MOST_LISTED:
-        listed = sorted_choices(listed[0], shape.groups)
+        listed = _sorted_choices(listed[0], shape.groups)
     if isinstance(weight, W4):
         weights = (weight.packed, weight.scales)
     else:
@@ -138,7 +138,7 @@ def _run(
     )(x, *listed, *weights)
 
 
-def sorted_choices(chosen: Int[Array, " pairs"], groups: int) -> tuple[Int[Array, " pairs"], Int[Array, " ends"]]:
+def _sorted_choices(chosen: Int[Array, " pairs"], groups: int) -> tuple[Int[Array, " pairs"], Int[Array, " ends"]]:
     """Places of the choices in the order of groups, and where each group begins in it."""
     clipped = jnp.clip(chosen, 0, groups - 1)
     below = clipped[None, :] < jnp.arange(groups + 1, dtype=jnp.int32)[:, None]

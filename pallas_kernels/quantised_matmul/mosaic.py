@@ -162,23 +162,16 @@ def tile_products(
     row_tiles = len(rows) // config.rows if groups is None else len(groups.first_row)
     outputs = weight.packed.shape[1] if groups is None else groups.outputs
     tiles = row_tiles * (outputs // OUTPUTS)
-    split_tiles, programs = config.split_tiles(tiles), config.programs(tiles)
+    split_tiles = config.split_tiles(tiles)
     scale_rows = BLOCK // weight.group_size
     slots = _MEMORY // (2 * (config.rows * BLOCK + (PLANE + scale_rows) * OUTPUTS))
     out_type = [jax.ShapeDtypeStruct((row_tiles * config.rows, outputs), jnp.bfloat16)]
     if split_tiles:
         out_type.append(jax.ShapeDtypeStruct((split_tiles * config.splits, OUTPUTS, config.rows), jnp.float32))
     run = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            config=config,
-            programs=programs,
-            split_tiles=split_tiles,
-            grouped=groups is not None,
-            interpret=interpret,
-        ),
+        functools.partial(_kernel, config=config, grouped=groups is not None, interpret=interpret),
         out_type=out_type,
-        grid=(programs,),
+        grid=(config.programs(tiles),),
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
@@ -203,17 +196,7 @@ def tile_products(
     return result.at[:, outputs - last_columns.shape[1] :].set(last_columns)
 
 
-def _kernel(
-    x_ref,
-    words_ref,
-    scales_ref,
-    *refs,
-    config: Config,
-    programs: int,
-    split_tiles: int,
-    grouped: bool,
-    interpret: bool,
-) -> None:
+def _kernel(x_ref, words_ref, scales_ref, *refs, config: Config, grouped: bool, interpret: bool) -> None:
     """A slot of memory is `here` when its block has been copied, and `done` when no product reads it any more.
 
     A tile's result stands in the slot of its last block, which is done when the result is there: before the slot is
@@ -224,7 +207,9 @@ def _kernel(
     program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
     (slots, scale_rows), blocks = scales.shape[:2], words_ref.shape[0] // PLANE
     row_tiles, output_tiles = out_ref.shape[0] // config.rows, out_ref.shape[1] // OUTPUTS
-    whole_tiles = places[2][0] * output_tiles if grouped else jnp.int32(row_tiles * output_tiles - split_tiles)
+    tiles = row_tiles * output_tiles
+    split_tiles, programs = config.split_tiles(tiles), config.programs(tiles)
+    whole_tiles = places[2][0] * output_tiles if grouped else jnp.int32(tiles - split_tiles)
     own_tiles = jax.lax.div(whole_tiles + (programs - 1) - program, jnp.int32(programs))
     share = -(-blocks // config.splits)
     first = jax.lax.rem(program, jnp.int32(config.splits)) * share
